@@ -1,0 +1,440 @@
+"""
+GPT-2 by hand: pre-norm blocks, learned positions, GELU (tanh), tied head. No dropout: preference
+optimization compares two models on the same tokens, and log-ratios must start at exactly 0.
+
+The idea of this file is that **completions share prefixes**. All linear work (embedding, projections, MLP,
+head) treats tokens one by one, so tokens come as one flat, unpadded list; only attention needs to know who
+reads whom. That knowledge is an object with one method, `attend(layer, qkv) -> y`, and there are two of them:
+
+    Tree    levels of rows, where each row of a level continues one row of the level above and attends to its
+            keys and values, which stay differentiable. One level is a plain batch; two are prompts and
+            their K completions, so a prompt is computed once per group; T levels with branching factor V
+            enumerate all V^T strings.
+    Cache   the same prefix, kept in one preallocated buffer, for sampling token by token.
+
+Prefix contract: the prefix is prompt[:-1]; a completion reads [prompt[-1]] + completion and predicts
+completion + [end of text]. Padding is on the right, positions are per row, and a query always sees at least itself.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    block_size: int = 1024  # longest text, prompt and completion together
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head}): each head gets an equal share"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Who attends to whom
+
+
+class Packed(NamedTuple):
+    """A batch of groups without padding (data.collate makes it). L tokens: the B prefixes, then the B*K
+    completions, then at least one spare token, which fills every padded cell and is never scored."""
+
+    idx: Tensor  # (L,) token ids
+    pos: Tensor  # (L,) positions in their own text
+    targets: Tensor  # (S,) what follows each completion token; spare tokens carry any id
+    prefix_cells: Tensor  # (B, P) which token sits in each cell of the padded prefixes; P may be 0
+    cells: Tensor  # (B, K, T) the same for the completions; the very last cell is always padding
+    home: Tensor  # (L,) the cell of each token, counted over B*P + B*K*T cells; spare tokens: the last cell
+    prefix_len: Tensor  # (B,) prefix tokens of each group
+    scored: Tensor  # (B, K, T) bool, True where a cell holds a scored token
+
+    def to(self, device, **kwargs) -> "Packed":
+        return Packed(*(x.to(device, **kwargs) for x in self))
+
+
+class _Move(torch.autograd.Function):
+    """x[there] along axis 0, where `back` undoes it: the backward pass is a gather too, not a scatter-add.
+
+    Padding makes `there` repeat the spare token and `back` repeat the last cell. Both carry zero gradient:
+    nothing reads the spare token's result, and nobody attends to padding.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class Tree:
+    """Attention over levels of rows. `shapes`: (rows, time) of each level, from the root down; the rows of a
+    level split evenly over the rows above it and attend to them (and to all their ancestors).
+
+    masks: for each level None (causal, sees all ancestors) or bool (rows, 1, time, ancestors + time).
+    cells, home: how tokens fill the padded cells and return from them; None where nothing is padded.
+    """
+
+    def __init__(self, n_head: int, shapes: list, masks: list | None = None, cells=None, home=None):
+        self.n_head, self.shapes, self.cells, self.home = n_head, shapes, cells, home
+        self.masks = masks or [None] * len(shapes)
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """qkv (L, 3C) of one layer -> y (L, C)."""
+        if self.cells is not None:
+            qkv = _Move.apply(qkv, self.cells, self.home)
+        out, past, start = [], None, 0
+        for (rows, time), mask in zip(self.shapes, self.masks, strict=True):
+            level = qkv[start : start + rows * time].view(rows, time, 3, self.n_head, -1)
+            q, k, v = level.permute(2, 0, 3, 1, 4)  # (rows, n_head, time, head size) each
+            if past is None:
+                y = F.scaled_dot_product_attention(
+                    q, k, v, mask, is_causal=mask is None and time > 1
+                )
+            else:
+                k, v = (
+                    torch.cat([repeat_rows(a, rows), b], 2)
+                    for a, b in zip(past, (k, v), strict=True)
+                )
+                if mask is None and time > 1:
+                    mask = causal_mask(time, k.size(2), q.device)
+                y = F.scaled_dot_product_attention(q, k, v, mask)
+            past, start = (k, v), start + rows * time
+            out.append(y.transpose(1, 2).reshape(rows * time, -1))
+        y = torch.cat(out) if len(out) > 1 else out[0]
+        return y if self.cells is None else _Move.apply(y, self.home, self.cells)
+
+
+class Cache:
+    """Keys and values of all layers in one buffer, written in place. Rows are prompts (and later their samples)
+    that share a slot counter: slot P + t holds token t after the prefixes, whatever their lengths; `mask` hides
+    the slots between the end of a short prefix and P."""
+
+    def __init__(self, config: GPTConfig, prefix_len: Tensor, slots: int, dtype: torch.dtype):
+        rows, self.n_head, self.used = len(prefix_len), config.n_head, 0
+        shape = (config.n_layer, 2, rows, config.n_head, slots, config.n_embd // config.n_head)
+        self.kv = torch.zeros(shape, dtype=dtype, device=prefix_len.device)
+        slot, longest = torch.arange(slots, device=prefix_len.device), prefix_len.max()
+        self.mask = None  # None while no row has a gap: the fast attention paths want no mask
+        if (prefix_len < longest).any():
+            self.mask = ((slot < prefix_len[:, None]) | (slot >= longest))[:, None, None]
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """qkv (rows, T, 3C) -> y (rows, T, C). T > 1 only for the prefixes, into an empty cache."""
+        rows, time, _ = qkv.shape
+        q, k, v = qkv.view(rows, time, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        past_k, past_v = self.kv[layer]
+        end = self.used + time
+        past_k[:, :, self.used : end], past_v[:, :, self.used : end] = k, v
+        if self.used == 0:  # right padding is never seen by a causal query to its left
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=time > 1)
+        else:
+            mask = None if self.mask is None else self.mask[..., :end]
+            y = F.scaled_dot_product_attention(q, past_k[:, :, :end], past_v[:, :, :end], mask)
+        if layer == len(self.kv) - 1:
+            self.used = end
+        return y.transpose(1, 2).reshape(rows, time, -1)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or repeat) these rows."""
+        self.kv = self.kv.index_select(2, rows)
+        self.mask = None if self.mask is None else self.mask[rows]
+
+
+def repeat_rows(x: Tensor, rows: int) -> Tensor:
+    """Row i of x becomes rows / len(x) equal rows, neighbours of each other; differentiable."""
+    times = rows // x.size(0)
+    return x if times == 1 else x.unsqueeze(1).expand(-1, times, *x.shape[1:]).flatten(0, 1)
+
+
+def causal_mask(time: int, keys: int, device) -> Tensor:
+    """(time, keys) bool: query t sees every key up to its own, which is key keys - time + t."""
+    return torch.ones(time, keys, dtype=torch.bool, device=device).tril(keys - time)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The network
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, layer: int, context: Tree | Cache) -> Tensor:
+        return self.c_proj(context.attend(layer, self.c_attn(x)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, layer: int, context: Tree | Cache) -> Tensor:
+        x = x + self.attn(self.ln_1(x), layer, context)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The trunk (`hidden`) and the language-model head, tied to the token embedding as in GPT-2.
+
+    generator seeds the weights: normal with standard deviation 0.02, residual projections scaled by
+    1/sqrt(2 n_layer), biases 0 (Radford et al. 2019).
+    """
+
+    def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif ".ln_" not in f".{name}":
+                std = 0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02
+                nn.init.normal_(p, std=std, generator=generator)
+
+    def hidden(self, idx: Tensor, pos: Tensor, context: Tree | Cache) -> Tensor:
+        """Token ids and positions (..., ) -> features (..., C) after the last LayerNorm."""
+        x = self.wte(idx) + self.wpe(pos)
+        for layer, block in enumerate(self.h):
+            x = block(x, layer, context)
+        return self.ln_f(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Features (..., C) -> logits (..., V)."""
+        return F.linear(x, self.wte.weight)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """idx (B, T), T <= block_size -> logits (B, T, V), always. The plain way; training uses Scorer."""
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are longer than block_size = {self.config.block_size}")
+        pos = torch.arange(T, device=idx.device).repeat(B)
+        x = self.hidden(idx.flatten(), pos, Tree(self.config.n_head, [(B, T)]))
+        return self.head(x).view(B, T, -1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        n: int = 1,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        eot: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> list[list[int]]:
+        """n completions of each prompt (token ids, none empty): len(prompts) * n lists, those of a prompt side by side.
+
+        A completion stops after max_new_tokens or with `eot`, which is then its last token (None: never).
+        temperature 0 takes the likeliest token. top_k keeps the k likeliest. Each row and step has a
+        uniform draw of its own, made from `generator` in one go, so a row's text does not depend on its batch mates.
+        Raises ValueError for an empty prompt, a bad temperature or top_k, or a text longer than block_size.
+        """
+        self._check_generate(prompts, max_new_tokens, temperature, top_k)
+        device = self.wte.weight.device
+        prefix_len = torch.tensor([len(p) - 1 for p in prompts], device=device)
+        P = max(len(p) for p in prompts) - 1
+        cache = Cache(self.config, prefix_len, P + max_new_tokens, self.wte.weight.dtype)
+        if P:
+            prefix = torch.tensor([p[:-1] + [0] * (P - len(p) + 1) for p in prompts], device=device)
+            self.hidden(prefix, torch.arange(P, device=device).expand_as(prefix), cache)
+
+        rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
+        cache.select(rows)
+        idx = torch.tensor([p[-1] for p in prompts], device=device)[rows]
+        pos = prefix_len[rows]
+        uniform_device = generator.device if generator is not None else "cpu"
+        uniform = torch.rand(
+            len(rows), max_new_tokens, generator=generator, device=uniform_device
+        ).to(device)
+
+        out = idx.new_zeros(len(rows), max_new_tokens)
+        alive = torch.arange(
+            len(rows), device=device
+        )  # where in `out` each row of the cache belongs
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        for t in range(max_new_tokens):
+            x = self.hidden(idx[:, None], pos[:, None], cache)[:, 0]
+            idx = draw(self.head(x), uniform[alive, t], temperature, top_k)
+            out[alive, t] = idx
+            pos = pos + 1
+            if eot is not None:
+                ended |= idx == eot
+                if (
+                    t % 16 == 15 and ended.any()
+                ):  # finished rows leave now and then: no sync per token
+                    keep = (~ended).nonzero()[:, 0]
+                    if not len(keep):
+                        break
+                    cache.select(keep)
+                    idx, pos, alive, ended = idx[keep], pos[keep], alive[keep], ended[keep]
+        return [row[: row.index(eot) + 1] if eot in row else row for row in out.tolist()]
+
+    def _check_generate(self, prompts, max_new_tokens, temperature, top_k) -> None:
+        if not prompts or not all(prompts):
+            raise ValueError(
+                "a prompt needs at least one token; for an empty one use [end of text]"
+            )
+        longest = max(len(p) for p in prompts) + max_new_tokens
+        if longest > self.config.block_size:
+            raise ValueError(
+                f"prompt and max_new_tokens together need {longest} positions, block_size is {self.config.block_size}"
+            )
+        if not (temperature >= 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature must be 0 or more, got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+
+
+def draw(
+    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None
+) -> Tensor:
+    """One token per row by inverse CDF: logits (N, V) and uniforms (N,) in [0, 1) -> ids (N,).
+
+    The first token whose cumulative probability exceeds the uniform. torch.multinomial would draw V exponentials a row
+    instead: for GPT-2's vocabulary that is slower than the network.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    cdf = (logits - logits.amax(dim=-1, keepdim=True)).exp().cumsum(dim=-1)
+    total = cdf[:, -1:].contiguous()
+    idx = torch.searchsorted(cdf, uniform[:, None].to(cdf) * total, right=True)
+    last = torch.searchsorted(
+        cdf, total
+    )  # rounding may reach the total: stay on a token that can be drawn
+    return torch.minimum(idx, last)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Log-probs of given tokens: the whole differentiable computation of a stage is one forward of one module
+
+
+class Scorer(nn.Module):
+    """Log-probs of the completions of a packed batch. Wrappers (DDP, fully_shard, compile) wrap this.
+
+    temperature divides the logits, as in sampling: pi is the distribution that samples are drawn from.
+    """
+
+    def __init__(self, gpt: GPT, temperature: float = 1.0):
+        super().__init__()
+        self.gpt, self.temperature = gpt, temperature
+
+    def forward(self, batch: Packed) -> Tensor:
+        """-> log pi of every completion token, (B, K, T), exactly 0 where nothing is scored. Sum over T for (B, K)."""
+        x = packed_hidden(self.gpt, batch)
+        logps = token_logps(x, self.gpt.wte.weight, batch.targets, self.temperature)
+        # from tokens back to cells: the same move as in attention, over the completions alone
+        first = batch.prefix_cells.numel()
+        n_prefix = len(batch.idx) - len(batch.targets)
+        cells, home = batch.cells.flatten() - n_prefix, batch.home[n_prefix:] - first
+        logps = _Move.apply(logps, cells, home).view(batch.cells.shape)
+        return logps.masked_fill(~batch.scored, 0.0)
+
+
+def packed_hidden(gpt: GPT, batch: Packed) -> Tensor:
+    """Features (S, C) of the completion tokens (spare ones included), each group's prompt computed once."""
+    (B, P), (_, K, T) = batch.prefix_cells.shape, batch.cells.shape
+    shapes, masks = [(B * K, T)], [None]
+    if P:
+        seen = torch.arange(P, device=batch.idx.device) < batch.prefix_len[:, None]  # (B, P)
+        seen = repeat_rows(seen, B * K)[:, None, None].expand(-1, -1, T, -1)
+        own = causal_mask(T, T, batch.idx.device).expand(B * K, 1, T, T)
+        shapes, masks = [(B, P), *shapes], [None, torch.cat([seen, own], dim=-1)]
+    cells = torch.cat([batch.prefix_cells.flatten(), batch.cells.flatten()])
+    tree = Tree(gpt.config.n_head, shapes, masks, cells, batch.home)
+    return gpt.hidden(batch.idx, batch.pos, tree)[len(batch.idx) - len(batch.targets) :]
+
+
+CHUNK = 2**22  # logits held at once, in numbers: 16 MB in float32
+
+
+def token_logps(x: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(x W^T / temperature)[target]: features (S, C), W (V, C), targets (S,) -> (S,), float32 or float64.
+
+    Large vocabularies go through ChunkedLogps, which never holds S * V logits; small ones through autograd.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if len(targets) * len(weight) <= CHUNK:
+        return _logps(F.linear(x, weight), targets, temperature)[0]
+    return ChunkedLogps.apply(x, weight, targets, temperature)
+
+
+def _logps(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs of the targets, logits / temperature, their logsumexp), in float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    lse = logits.logsumexp(dim=-1)
+    return logits.gather(-1, targets[:, None])[:, 0] - lse, logits, lse
+
+
+class ChunkedLogps(torch.autograd.Function):
+    """token_logps in chunks of rows: the forward pass keeps only each row's logsumexp, the backward pass
+    computes the logits again. Inputs come in the autocast dtype already, so both passes use it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        rows = max(1, CHUNK // len(weight))
+        parts = [
+            _logps(F.linear(xc, weight), tc, temperature)
+            for xc, tc in zip(x.split(rows), targets.split(rows), strict=True)
+        ]
+        ctx.save_for_backward(x, weight, targets, torch.cat([lse for _, _, lse in parts]))
+        ctx.temperature = temperature
+        return torch.cat([logps for logps, _, _ in parts])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, targets, lse = ctx.saved_tensors
+        rows = max(1, CHUNK // len(weight))
+        dx = torch.empty_like(x)
+        dw = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
+        for start in range(0, len(x), rows):
+            chunk = slice(start, start + rows)
+            _, logits, _ = _logps(F.linear(x[chunk], weight), targets[chunk], ctx.temperature)
+            # d logp / d logits = onehot(target) - softmax
+            d = (logits - lse[chunk, None]).exp_().mul_(-grad[chunk, None])
+            d.scatter_add_(1, targets[chunk, None], grad[chunk, None])
+            d = d.div_(ctx.temperature).to(x.dtype)
+            dx[chunk] = d @ weight
+            dw += d.T @ x[chunk]
+        return dx, dw.to(weight.dtype), None, None
