@@ -3,24 +3,25 @@ EXO and DPO as the two directions of one KL divergence (Ji et al., ICML 2024, ar
 
 For one prompt x there are K completions y_1..y_K. Over these K items we compare two distributions:
 
-    q_i = softmax_i( beta_pi * (log pi(y_i|x) - log sft(y_i|x)) )    what the policy says  (p_f in the paper)
-    p_i = softmax_i( r(x, y_i) / beta_r )                            what the reward says  (p_r in the paper)
-          or, for a pair that a person has labelled, (1 - eps, eps)  what the label says   (p_rh in the paper)
+    q_i = softmax_i( beta_pi * (log pi(y_i|x) - log sft(y_i|x)) )   the policy's, p_f in the paper
+    p_i = softmax_i( r(x, y_i) / beta_r )                           the reward's, p_r in the paper
+          or (1 - eps, eps) for a pair labelled by a person         the label's, p_rh in the paper
 
     EXO minimises KL(q || p): put mass only where the target has some. It seeks modes.
     DPO minimises KL(p || q): put mass wherever the target has some.   It covers the mean.
 
 Two losses times two targets are the paper's four methods: exo-rw, exo-pref, dpo-rw, dpo-pref.
-Why the order matters: alignment maximises J(pi) = E_pi[r] - beta KL(pi || sft). Its optimum is
-pi* = sft * exp(r / beta) / Z, and J(pi*) - J(pi) = beta KL(pi || pi*), so the *reverse* KL is the
-objective itself. With many completions EXO's gradient tends to that of KL(pi || pi*), DPO's to that of
-KL(pi* || pi), with an error of order 1/K (tests/test_theory.py measures it). If the policy class
+
+Why the order matters: alignment maximises J(pi) = E_pi[r] - beta KL(pi || sft). Its optimum is pi*
+= sft * exp(r / beta) / Z, and J(pi*) - J(pi) = beta KL(pi || pi*), so the *reverse* KL is the
+objective itself. With many completions EXO's gradient tends to that of KL(pi || pi*), DPO's to that
+of KL(pi* || pi), with an error of order 1/K (tests/test_theory.py measures it). If the policy class
 contains pi*, both losses have the same minimiser at every K; they part ways when it does not.
 
-Every tensor is (B, K): B prompts, K completions each. `logps` are log pi(y|x) summed over the tokens of
-y. A group with fewer than K completions is padded, and `mask` (B, K), bool, is True where a completion
-exists. *Absent* (mask False) is not *impossible* (log p = -inf): an absent completion is in neither
-softmax; an impossible one is in both, and the target gives it probability 0.
+Every tensor is (B, K): B prompts, K completions each. `logps` are log pi(y|x) summed over the
+tokens of y. A group with fewer than K completions is padded, and `mask` (B, K), bool, is True where
+a completion exists. *Absent* (mask False) is not *impossible* (log p = -inf): an absent completion
+is in neither softmax; an impossible one is in both, and the target gives it probability 0.
 
 Choices that are ours: p is normalised (the official code's pair target is not always), groups are a
 tensor axis and not a loop, the loss is a mean over the groups that hold something.
@@ -33,12 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The two distributions over the K completions
 
 
 def masked_log_softmax(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """log softmax over the present entries of the last axis; absent entries are 0, whatever x holds there.
+    """log softmax over the present entries of the last axis; 0 where absent, whatever x holds
+    there.
 
     They are 0 and not -inf so that sums and products over K skip them, in the backward pass too.
     """
@@ -52,19 +54,22 @@ def masked_log_softmax(x: Tensor, mask: Tensor | None = None) -> Tensor:
 def reward_target(rewards: Tensor, beta_r: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """log p of p = softmax(rewards / beta_r): the paper's p_r, the target of exo-rw and dpo-rw.
 
-    rewards: (B, K), any real number (absent entries may hold anything). beta_r > 0, in units of reward: small trusts the
-    reward, large flattens it. Returns log p (B, K), 0 where absent. Raises ValueError for beta_r <= 0.
+    rewards: (B, K), any real number (absent entries may hold anything). beta_r > 0, in units of
+    reward: small trusts the reward, large flattens it. Returns log p (B, K), 0 where absent. Raises
+    ValueError for beta_r <= 0.
     """
     _check_positive("beta_r", beta_r)
     return masked_log_softmax(rewards / beta_r, mask)
 
 
 def preference_target(label_smoothing: float) -> Tensor:
-    """log p of (chosen, rejected) = (1 - eps, eps): the paper's p_rh, the target of exo-pref and dpo-pref.
+    """log p of (chosen, rejected) = (1 - eps, eps): the paper's p_rh, the target of exo-pref and
+    dpo-pref.
 
-    label_smoothing: eps in [0, 0.5), the probability that the label is wrong. At 0 (DPO as published) the
-    rejected completion is impossible, log p = -inf, which only dpo_loss accepts. Returns float64 of shape
-    (1, 2), to broadcast over B pairs; the losses cast it. Raises ValueError outside the range.
+    label_smoothing: eps in [0, 0.5), the probability that the label is wrong. At 0 (DPO as
+    published) the rejected completion is impossible, log p = -inf, which only dpo_loss accepts.
+    Returns float64 of shape (1, 2), to broadcast over B pairs; the losses cast it. Raises
+    ValueError outside the range.
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
@@ -78,9 +83,10 @@ def policy_and_target(
 ) -> tuple[Tensor, Tensor]:
     """(log q, log p), both (B, K), normalised over the same present completions, 0 where absent.
 
-    q is a softmax of log-ratios, so the intractable partition function of pi* cancels, and a policy equal
-    to the reference gives the uniform q. beta_pi > 0: large keeps the policy near the reference. The two
-    temperatures act as one: unrestricted, q = p where pi = sft * exp(r / (beta_r * beta_pi)) / Z.
+    q is a softmax of log-ratios, so the intractable partition function of pi* cancels, and a policy
+    equal to the reference gives the uniform q. beta_pi > 0: large keeps the policy near the
+    reference. The two temperatures act as one: unrestricted, q = p where pi = sft * exp(r / (beta_r
+    * beta_pi)) / Z.
     """
     _check_positive("beta_pi", beta_pi)
     log_q = masked_log_softmax(beta_pi * (policy_logps - ref_logps.to(policy_logps)), mask)
@@ -88,15 +94,15 @@ def policy_and_target(
     return log_q, log_p
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The two losses
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) = sum_i a_i (log a_i - log b_i) over the last axis, exactly; 0 log 0 is 0.
 
-    Inputs are log-probabilities (..., N); +inf where b is 0 and a is not. The experiments use it over all
-    completions, the losses over the K of a group.
+    Inputs are log-probabilities (..., N); +inf where b is 0 and a is not. The experiments use it
+    over all completions, the losses over the K of a group.
     """
     difference = torch.where(log_a == -torch.inf, 0.0, log_a - log_b)
     return (log_a.exp() * difference).sum(dim=-1)
@@ -116,12 +122,12 @@ def exo_loss(
 ) -> Tensor:
     """EXO: the mean over groups of KL(q || p). The policy comes *first*: the reverse KL.
 
-    With reward_target it is the paper's exo-rw; with preference_target (K = 2) exo-pref, its Eq. 16.
-    policy_logps, ref_logps: (B, K) log pi(y|x) and log sft(y|x). log_target: (B, K) or (1, K).
+    With reward_target it is the paper's exo-rw; with preference_target (K = 2) exo-pref, its Eq.
+    16. policy_logps, ref_logps: (B, K) log pi(y|x) and log sft(y|x). log_target: (B, K) or (1, K).
     mask: (B, K) bool, True where a completion exists. Returns a scalar in policy_logps' dtype.
-    Raises ValueError if the target gives a present completion probability 0 (the KL would be infinite).
-    The gradient in log pi is beta_pi * q * (log q - log p - KL): it vanishes where q is already certain,
-    also where it is certain and wrong, in contrast to DPO's beta_pi * (q - p).
+    Raises ValueError if the target gives a present completion probability 0 (the KL would be
+    infinite). The gradient in log pi is beta_pi * q * (log q - log p - KL): it vanishes where q is
+    already certain, also where it is certain and wrong, in contrast to DPO's beta_pi * (q - p).
     """
     log_q, log_p = policy_and_target(policy_logps, ref_logps, log_target, beta_pi, mask)
     if not torch.isfinite(log_p).all():
@@ -142,8 +148,9 @@ def dpo_loss(
     """DPO: the mean over groups of -sum_i p_i log q_i = KL(p || q) + H(p). The policy comes *last*.
 
     With reward_target it is the paper's dpo-rw; with preference_target(0) and K = 2 it is
-    -logsigmoid(beta_pi * margin), Rafailov et al. 2023 (arXiv:2305.18290) Eq. 7. H(p) does not depend on
-    the policy; it is there so that the number is the one other libraries print. Arguments as in exo_loss.
+    -logsigmoid(beta_pi * margin), Rafailov et al. 2023 (arXiv:2305.18290) Eq. 7. H(p) does not
+    depend on the policy; it is there so that the number is the one other libraries print. Arguments
+    as in exo_loss.
     """
     log_q, log_p = policy_and_target(policy_logps, ref_logps, log_target, beta_pi, mask)
     return group_mean(kl(log_p, log_q) + entropy(log_p), mask)
@@ -156,19 +163,22 @@ LOSSES = {
 
 
 def group_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean of values (B,) over the groups with at least one completion in mask (B, K); 0 if there is none."""
+    """Mean of values (B,) over the groups with at least one completion in mask (B, K); 0 if there
+    is none."""
     if mask is None:
         return values.mean()
     present = mask.any(dim=-1)
     return values.masked_fill(~present, 0.0).sum() / present.sum().clamp(min=1)
 
 
-# ---------------------------------------------------------------------------------------------------
-# On-policy EXO: the K completions come from a snapshot rho of the policy itself (ours, beyond the paper)
+# ------------------------------------------------------------------------------
+# On-policy EXO: the K completions come from a snapshot rho of the policy itself (ours, beyond the
+# paper)
 
 
 def on_policy_ref(ref_logps: Tensor, snapshot_logps: Tensor, beta_pi: float = 1.0) -> Tensor:
-    """The reference to hand to exo_loss when y_1..y_K ~ rho: q = softmax(log pi^{beta_pi} - log rho).
+    """The reference to hand to exo_loss when y_1..y_K ~ rho: q = softmax(log pi^{beta_pi} - log
+    rho).
 
     pi^{beta_pi} is sft * (pi / sft)^{beta_pi}, so the log-weights are
     beta_pi log pi + (1 - beta_pi) log sft - log rho = beta_pi (log pi - what is returned here).
@@ -183,25 +193,26 @@ def on_policy_target(
     beta_r: float = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """log p of p = softmax(r / beta_r + log sft - log rho): pi* seen through draws from the snapshot rho.
+    """log p of p = softmax(r / beta_r + log sft - log rho): pi* seen through draws from the
+    snapshot rho.
 
-    With rho = pi (fresh draws) and beta_pi = 1 the expected gradient of exo_loss is exactly
-    (K - 1)/K times that of KL(pi || pi*) at beta = beta_r, for every K >= 2: REINFORCE with the group's mean
-    as its baseline. A stale rho brings back a bias of order 1/K. With beta_pi = 1 set beta_r to the
-    offline beta_r * beta_pi for the same optimum.
+    With rho = pi (fresh draws) and beta_pi = 1 the expected gradient of exo_loss is exactly (K -
+    1)/K times that of KL(pi || pi*) at beta = beta_r, for every K >= 2: REINFORCE with the group's
+    mean as its baseline. A stale rho brings back a bias of order 1/K. With beta_pi = 1 set beta_r
+    to the offline beta_r * beta_pi for the same optimum.
     """
     return reward_target(rewards + beta_r * (ref_logps - snapshot_logps), beta_r, mask)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Around the two losses: the reward model, and how far the policy has moved
 
 
 def reward_model_loss(rewards: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Bradley-Terry: the mean of -log sigmoid(r_chosen - r_rejected), rewards (B, 2), chosen first.
 
-    InstructGPT (arXiv:2203.02155) Eq. 1 at K = 2. It is dpo_loss with the reward where the log-ratio was:
-    that DPO's policy is "secretly a reward model" is this line.
+    InstructGPT (arXiv:2203.02155) Eq. 1 at K = 2. It is dpo_loss with the reward where the log-
+    ratio was: that DPO's policy is "secretly a reward model" is this line.
     """
     return dpo_loss(rewards, torch.zeros_like(rewards), preference_target(label_smoothing))
 

@@ -2,23 +2,24 @@
 GPT-2 by hand: pre-norm blocks, learned positions, GELU (tanh), tied head. No dropout: preference
 optimization compares two models on the same tokens, and log-ratios must start at exactly 0.
 
-The idea of this file is that **completions share prefixes**. All linear work (embedding, projections, MLP,
-head) treats tokens one by one, so tokens come as one flat, unpadded list; only attention needs to know who
-reads whom. That knowledge is an object with one method, `attend(layer, qkv) -> y`, and there are two of them:
+The idea of this file is that **completions share prefixes**. All linear work (embedding,
+projections, MLP, head) treats tokens one by one, so tokens come as one flat, unpadded list; only
+attention needs to know who reads whom. That knowledge is an object with one method, `attend(layer,
+qkv) -> y`, and there are two of them:
 
-    Tree    levels of rows, where each row of a level continues one row of the level above and attends to its
-            keys and values, which stay differentiable. One level is a plain batch; two are prompts and
-            their K completions, so a prompt is computed once per group; T levels with branching factor V
-            enumerate all V^T strings.
+    Tree    levels of rows, where each row of a level continues one row of the level above and
+            attends to its keys and values, which stay differentiable. One level is a plain batch;
+            two are prompts and their K completions, so a prompt is computed once per group; T
+            levels with branching factor V enumerate all V^T strings.
     Cache   the same prefix, kept in one preallocated buffer, for sampling token by token.
 
-Prefix contract: the prefix is prompt[:-1]; a completion reads [prompt[-1]] + completion and predicts
-completion + [end of text]. Padding is on the right, positions are per row, and a query always sees at least itself.
+Prefix contract: the prefix is prompt[:-1]; a completion reads [prompt[-1]] + completion and
+predicts completion + [end of text]. Padding is on the right, positions are per row, and a query
+always sees at least itself.
 """
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -39,37 +40,19 @@ class GPTConfig:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head}): each head gets an equal share"
-            )
+            raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Who attends to whom
 
 
-class Packed(NamedTuple):
-    """A batch of groups without padding (data.collate makes it). L tokens: the B prefixes, then the B*K
-    completions, then at least one spare token, which fills every padded cell and is never scored."""
-
-    idx: Tensor  # (L,) token ids
-    pos: Tensor  # (L,) positions in their own text
-    targets: Tensor  # (S,) what follows each completion token; spare tokens carry any id
-    prefix_cells: Tensor  # (B, P) which token sits in each cell of the padded prefixes; P may be 0
-    cells: Tensor  # (B, K, T) the same for the completions; the very last cell is always padding
-    home: Tensor  # (L,) the cell of each token, counted over B*P + B*K*T cells; spare tokens: the last cell
-    prefix_len: Tensor  # (B,) prefix tokens of each group
-    scored: Tensor  # (B, K, T) bool, True where a cell holds a scored token
-
-    def to(self, device, **kwargs) -> "Packed":
-        return Packed(*(x.to(device, **kwargs) for x in self))
-
-
 class _Move(torch.autograd.Function):
-    """x[there] along axis 0, where `back` undoes it: the backward pass is a gather too, not a scatter-add.
+    """x[there] along axis 0, where `back` undoes it: the backward pass is a gather too, not a
+    scatter-add.
 
-    Padding makes `there` repeat the spare token and `back` repeat the last cell. Both carry zero gradient:
-    nothing reads the spare token's result, and nobody attends to padding.
+    Padding makes `there` repeat the spare token and `back` repeat the last cell. Both carry zero
+    gradient: nothing reads the spare token's result, and nobody attends to padding.
     """
 
     @staticmethod
@@ -83,11 +66,13 @@ class _Move(torch.autograd.Function):
 
 
 class Tree:
-    """Attention over levels of rows. `shapes`: (rows, time) of each level, from the root down; the rows of a
-    level split evenly over the rows above it and attend to them (and to all their ancestors).
+    """Attention over levels of rows. `shapes`: (rows, time) of each level, from the root down; the
+    rows of a level split evenly over the rows above it and attend to them (and to all their
+    ancestors).
 
-    masks: for each level None (causal, sees all ancestors) or bool (rows, 1, time, ancestors + time).
-    cells, home: how tokens fill the padded cells and return from them; None where nothing is padded.
+    masks: for each level None (causal, sees all ancestors) or bool (rows, 1, time, ancestors +
+    time). cells, home: how tokens fill the padded cells and return from them; None where nothing is
+    padded.
     """
 
     def __init__(self, n_head: int, shapes: list, masks: list | None = None, cells=None, home=None):
@@ -121,9 +106,9 @@ class Tree:
 
 
 class Cache:
-    """Keys and values of all layers in one buffer, written in place. Rows are prompts (and later their samples)
-    that share a slot counter: slot P + t holds token t after the prefixes, whatever their lengths; `mask` hides
-    the slots between the end of a short prefix and P."""
+    """Keys and values of all layers in one buffer, written in place. Rows are prompts (and later
+    their samples) that share a slot counter: slot P + t holds token t after the prefixes, whatever
+    their lengths; `mask` hides the slots between the end of a short prefix and P."""
 
     def __init__(self, config: GPTConfig, prefix_len: Tensor, slots: int, dtype: torch.dtype):
         rows, self.n_head, self.used = len(prefix_len), config.n_head, 0
@@ -162,12 +147,19 @@ def repeat_rows(x: Tensor, rows: int) -> Tensor:
     return x if times == 1 else x.unsqueeze(1).expand(-1, times, *x.shape[1:]).flatten(0, 1)
 
 
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """What a matmul with this weight computes in: autocast's dtype inside autocast, else its
+    own."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def causal_mask(time: int, keys: int, device) -> Tensor:
     """(time, keys) bool: query t sees every key up to its own, which is key keys - time + t."""
     return torch.ones(time, keys, dtype=torch.bool, device=device).tril(keys - time)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The network
 
 
@@ -237,7 +229,8 @@ class GPT(nn.Module):
         return F.linear(x, self.wte.weight)
 
     def forward(self, idx: Tensor) -> Tensor:
-        """idx (B, T), T <= block_size -> logits (B, T, V), always. The plain way; training uses Scorer."""
+        """idx (B, T), T <= block_size -> logits (B, T, V), always. The plain way; training uses
+        Scorer."""
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are longer than block_size = {self.config.block_size}")
@@ -256,18 +249,20 @@ class GPT(nn.Module):
         eot: int | None = None,
         generator: torch.Generator | None = None,
     ) -> list[list[int]]:
-        """n completions of each prompt (token ids, none empty): len(prompts) * n lists, those of a prompt side by side.
+        """n completions of each prompt (token ids, none empty): len(prompts) * n lists, those of a
+        prompt side by side.
 
-        A completion stops after max_new_tokens or with `eot`, which is then its last token (None: never).
-        temperature 0 takes the likeliest token. top_k keeps the k likeliest. Each row and step has a
-        uniform draw of its own, made from `generator` in one go, so a row's text does not depend on its batch mates.
-        Raises ValueError for an empty prompt, a bad temperature or top_k, or a text longer than block_size.
+        A completion stops after max_new_tokens or with `eot`, which is then its last token (None:
+        never). temperature 0 takes the likeliest token. top_k keeps the k likeliest. Each row and
+        step has a uniform draw of its own, made from `generator` in one go, so a row's text does
+        not depend on its batch mates. Raises ValueError for an empty prompt, a bad temperature or
+        top_k, or a text longer than block_size.
         """
         self._check_generate(prompts, max_new_tokens, temperature, top_k)
         device = self.wte.weight.device
         prefix_len = torch.tensor([len(p) - 1 for p in prompts], device=device)
         P = max(len(p) for p in prompts) - 1
-        cache = Cache(self.config, prefix_len, P + max_new_tokens, self.wte.weight.dtype)
+        cache = Cache(self.config, prefix_len, P + max_new_tokens, compute_dtype(self.wte.weight))
         if P:
             prefix = torch.tensor([p[:-1] + [0] * (P - len(p) + 1) for p in prompts], device=device)
             self.hidden(prefix, torch.arange(P, device=device).expand_as(prefix), cache)
@@ -311,7 +306,8 @@ class GPT(nn.Module):
         longest = max(len(p) for p in prompts) + max_new_tokens
         if longest > self.config.block_size:
             raise ValueError(
-                f"prompt and max_new_tokens together need {longest} positions, block_size is {self.config.block_size}"
+                f"prompt and max_new_tokens need {longest} positions together, "
+                f"block_size is {self.config.block_size}"
             )
         if not (temperature >= 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature must be 0 or more, got {temperature}")
@@ -326,8 +322,8 @@ def draw(
 ) -> Tensor:
     """One token per row by inverse CDF: logits (N, V) and uniforms (N,) in [0, 1) -> ids (N,).
 
-    The first token whose cumulative probability exceeds the uniform. torch.multinomial would draw V exponentials a row
-    instead: for GPT-2's vocabulary that is slower than the network.
+    The first token whose cumulative probability exceeds the uniform. torch.multinomial would draw V
+    exponentials a row instead: for GPT-2's vocabulary that is slower than the network.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -344,22 +340,26 @@ def draw(
     return torch.minimum(idx, last)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Log-probs of given tokens: the whole differentiable computation of a stage is one forward of one module
+# ------------------------------------------------------------------------------
+# Log-probs of given tokens: the whole differentiable computation of a stage is one forward of one
+# module
 
 
 class Scorer(nn.Module):
-    """Log-probs of the completions of a packed batch. Wrappers (DDP, fully_shard, compile) wrap this.
+    """Log-probs of the completions of a packed batch. Wrappers (DDP, fully_shard, compile) wrap
+    this.
 
-    temperature divides the logits, as in sampling: pi is the distribution that samples are drawn from.
+    temperature divides the logits, as in sampling: pi is the distribution that samples are drawn
+    from.
     """
 
     def __init__(self, gpt: GPT, temperature: float = 1.0):
         super().__init__()
         self.gpt, self.temperature = gpt, temperature
 
-    def forward(self, batch: Packed) -> Tensor:
-        """-> log pi of every completion token, (B, K, T), exactly 0 where nothing is scored. Sum over T for (B, K)."""
+    def forward(self, batch) -> Tensor:
+        """-> log pi of every completion token, (B, K, T), exactly 0 where nothing is scored. Sum
+        over T for (B, K)."""
         x = packed_hidden(self.gpt, batch)
         logps = token_logps(x, self.gpt.wte.weight, batch.targets, self.temperature)
         # from tokens back to cells: the same move as in attention, over the completions alone
@@ -370,8 +370,9 @@ class Scorer(nn.Module):
         return logps.masked_fill(~batch.scored, 0.0)
 
 
-def packed_hidden(gpt: GPT, batch: Packed) -> Tensor:
-    """Features (S, C) of the completion tokens (spare ones included), each group's prompt computed once."""
+def packed_hidden(gpt: GPT, batch) -> Tensor:
+    """Features (S, C) of the completion tokens (spare ones included), each group's prompt computed
+    once."""
     (B, P), (_, K, T) = batch.prefix_cells.shape, batch.cells.shape
     shapes, masks = [(B * K, T)], [None]
     if P:
@@ -388,13 +389,14 @@ CHUNK = 2**22  # logits held at once, in numbers: 16 MB in float32
 
 
 def token_logps(x: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(x W^T / temperature)[target]: features (S, C), W (V, C), targets (S,) -> (S,), float32 or float64.
+    """log softmax(x W^T / temperature)[target]: features (S, C), W (V, C), targets (S,) -> (S,),
+    float32 or float64.
 
-    Large vocabularies go through ChunkedLogps, which never holds S * V logits; small ones through autograd.
+    Large vocabularies go through ChunkedLogps, which never holds S * V logits; small ones through
+    autograd.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+    dtype = compute_dtype(weight)
+    x, weight = x.to(dtype), weight.to(dtype)
     if len(targets) * len(weight) <= CHUNK:
         return _logps(F.linear(x, weight), targets, temperature)[0]
     return ChunkedLogps.apply(x, weight, targets, temperature)
@@ -408,8 +410,9 @@ def _logps(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor,
 
 
 class ChunkedLogps(torch.autograd.Function):
-    """token_logps in chunks of rows: the forward pass keeps only each row's logsumexp, the backward pass
-    computes the logits again. Inputs come in the autocast dtype already, so both passes use it."""
+    """token_logps in chunks of rows: the forward pass keeps only each row's logsumexp, the backward
+    pass computes the logits again. Inputs come in the autocast dtype already, so both passes use
+    it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:

@@ -1,0 +1,555 @@
+"""
+From rows of text to batches of groups. One shape runs through everything, the **group**: one
+prompt, K completions. A preference pair is a group with K = 2, chosen first; a row with rewards has
+its own K; a text to imitate is a group with K = 1.
+
+    JSONL line -> parse_row (text, checked) -> Groups (token ids in flat arrays) -> collate (one
+    batch)
+
+Texts are encoded apart and joined as token ids, never as text: what a completion's tokens are does
+not depend on its prompt. Special tokens written inside texts stay plain text.
+
+Simplifications: an epoch's order depends on (seed, epoch) alone; texts without a prompt are
+concatenated with [end of text] between them and cut into blocks, so one text may see the end of
+another.
+"""
+
+import dataclasses
+import gzip
+import importlib
+import itertools
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave us, said in one sentence. Commands print it and exit with
+    2."""
+
+
+# ------------------------------------------------------------------------------
+# Tokenizers: tiktoken only
+
+
+def get_encoding(name: str) -> tiktoken.Encoding:
+    """`bytes` (embedded: 256 bytes and end-of-text, no download), a tiktoken name (`gpt2`, ...), or
+    `module:function` for an Encoding of your own. Raises InputError with the remedy."""
+    if name == "bytes":
+        return byte_encoding()
+    if ":" in name:
+        return load_function(name, "--encoding")()
+    if name not in tiktoken.list_encoding_names():
+        known = ", ".join(["bytes", *tiktoken.list_encoding_names()])
+        raise InputError(f"unknown encoding {name!r}: choose one of {known}")
+    try:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # no network, or a damaged cache
+        raise InputError(
+            f"tiktoken cannot load the vocabulary {name!r} ({type(error).__name__}): "
+            "set TIKTOKEN_CACHE_DIR to a folder that holds it, or use the embedded --encoding bytes"
+        ) from error
+
+
+def byte_encoding() -> tiktoken.Encoding:
+    """Every byte is a token, end-of-text is the 257th: small, complete, and needs no download."""
+    return tiktoken.Encoding(
+        "bytes",
+        pat_str=r"(?s:.{1,32})",  # any cut will do, there are no merges; short pieces are fast ones
+        mergeable_ranks={bytes([b]): b for b in range(256)},
+        special_tokens={"<|endoftext|>": 256},
+    )
+
+
+def load_function(name: str, flag: str):
+    """The function behind `module:function`, imported from the current folder or the Python
+    path."""
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{flag} {name}: {error}") from error
+
+
+# ------------------------------------------------------------------------------
+# Rows: what a line may be
+
+
+class Row(NamedTuple):
+    """A checked row. kind: `pair` (completions = chosen, rejected), `rewards`, `sft` or
+    `prompt`."""
+
+    kind: str
+    prompt: str | None  # None: running text, no prompt
+    completions: list[str]
+    rewards: list[float] | None = None
+
+
+class Unusable(Exception):
+    """A well-formed row that no training can use; the message is the reason it is counted under."""
+
+
+ASSISTANT = "\n\nAssistant:"
+TURNS = {"user": "\n\nHuman:", "assistant": ASSISTANT, "system": "\n\nSystem:"}
+ALPACA = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+FORMATS = (
+    "{prompt, chosen, rejected}, {chosen, rejected}, {instruction, input, chosen, rejected}, "
+    "{prompt, completions, rewards}, {prompt, completion}, {text} or {prompt}"
+)
+
+
+def parse_row(row: object) -> Row:
+    """One JSON value -> Row. Raises InputError (malformed, without file and line) or Unusable."""
+    if not isinstance(row, dict):
+        raise InputError(f"a row must be a JSON object, got {type(row).__name__}")
+    if "chosen" in row or "rejected" in row:
+        return parse_pair(row)
+    if "completions" in row or "rewards" in row:
+        return parse_rewards(row)
+    if "completion" in row:
+        prompt, completion = prompt_text(row), completion_text(row, "completion")
+        return Row("sft", prompt, checked([completion], distinct=1))
+    if "text" in row:
+        return Row("sft", None, checked([string(row, "text")], distinct=1))
+    if "prompt" in row:
+        return Row("prompt", prompt_text(row), [])
+    raise InputError(f"fields {sorted(row)} fit none of the formats {FORMATS}")
+
+
+def parse_pair(row: dict) -> Row:
+    """A preference pair in any of its three spellings."""
+    if "prompt" in row:
+        prompt = prompt_text(row)
+        replies = [completion_text(row, name) for name in ("chosen", "rejected")]
+    elif "instruction" in row:
+        given = string(row, "input") if row.get("input") else ""
+        prompt = ALPACA.format(
+            paired=", paired with an input that provides further context" if given else "",
+            instruction=string(row, "instruction"),
+            input=f"### Input:\n{given}\n\n" if given else "",
+        )
+        replies = [completion_text(row, name) for name in ("chosen", "rejected")]
+    else:  # HH-RLHF: two whole dialogues that share everything up to the last reply
+        cuts = [split_dialogue(row, name) for name in ("chosen", "rejected")]
+        if cuts[0][0] != cuts[1][0]:
+            raise Unusable("dialogues differ before the last Assistant turn")
+        prompt, replies = cuts[0][0], [reply for _, reply in cuts]
+    return Row("pair", prompt, checked(replies, distinct=2))
+
+
+def parse_rewards(row: dict) -> Row:
+    """K completions and their rewards."""
+    completions, rewards = row.get("completions"), row.get("rewards")
+    for name, value in (("completions", completions), ("rewards", rewards)):
+        if not isinstance(value, list):
+            raise InputError(f"field {name!r} must be a list, got {describe(value)}")
+    if len(completions) != len(rewards):
+        raise InputError(f"{len(completions)} completions but {len(rewards)} rewards")
+    for text in completions:
+        if not isinstance(text, str):
+            raise InputError(f"a completion must be a string, got {describe(text)}")
+    for r in rewards:
+        if isinstance(r, bool) or not isinstance(r, int | float) or not abs(r) < 1e30:
+            raise InputError(f"a reward must be a finite number, got {describe(r)}")
+    return Row(
+        "rewards", prompt_text(row), checked(completions, distinct=2), list(map(float, rewards))
+    )
+
+
+def checked(completions: list[str], distinct: int) -> list[str]:
+    if len(set(completions)) < distinct:
+        raise Unusable(
+            "fewer than two distinct completions" if distinct == 2 else "nothing to score"
+        )
+    if not all(text.strip() for text in completions):
+        raise Unusable("an empty completion")
+    return completions
+
+
+def string(row: dict, name: str) -> str:
+    if name not in row:
+        raise InputError(f"field {name!r} is missing; the row has {sorted(row)}")
+    if not isinstance(row[name], str):
+        raise InputError(f"field {name!r} must be a string, got {describe(row[name])}")
+    return row[name]
+
+
+def describe(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def render_turns(messages: list, name: str) -> str:
+    """[{role, content}, ...] -> "\\n\\nHuman: ...\\n\\nAssistant: ...", as HH-RLHF writes
+    dialogues."""
+    parts = []
+    for m in messages:
+        fits = isinstance(m, dict) and m.get("role") in TURNS and isinstance(m.get("content"), str)
+        if not fits:
+            raise InputError(
+                f"field {name!r}: a message needs a role ({', '.join(TURNS)}) and a content, "
+                f"both strings, got {describe(m)}"
+            )
+        parts.append(f"{TURNS[m['role']]} {m['content']}")
+    return "".join(parts)
+
+
+def prompt_text(row: dict) -> str:
+    """The prompt; a list of messages ends with an open Assistant turn."""
+    if not isinstance(row.get("prompt"), list):
+        return string(row, "prompt")
+    return render_turns(row["prompt"], "prompt") + ASSISTANT
+
+
+def completion_text(row: dict, name: str) -> str:
+    """A completion; a list of messages begins with the assistant's, whose turn the prompt
+    opened."""
+    if not isinstance(row.get(name), list):
+        return string(row, name)
+    text = render_turns(row[name], name)
+    if not text.startswith(ASSISTANT):
+        raise InputError(f"field {name!r} must begin with an assistant message")
+    return text.removeprefix(ASSISTANT)
+
+
+def split_dialogue(row: dict, name: str) -> tuple[str, str]:
+    """A whole dialogue -> (text up to and with the last "\\n\\nAssistant:", the reply after it)."""
+    value = row.get(name)
+    text = render_turns(value, name) if isinstance(value, list) else string(row, name)
+    cut = text.rfind(ASSISTANT)
+    if cut < 0:
+        raise InputError(
+            f'field {name!r} has no "\\n\\nAssistant:" turn, and there is no field "prompt"'
+        )
+    cut += len(ASSISTANT)
+    return text[:cut], text[cut:]
+
+
+# ------------------------------------------------------------------------------
+# Files
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
+    """(place, JSON value) for each row of a .jsonl, .jsonl.gz, .json or .txt file; place is
+    file:line.
+
+    Blank lines are skipped; a .json file is a list, its rows counted from 1; a .txt file is one
+    {"text"}.
+    """
+    path = Path(path)
+    kinds = (".jsonl", ".jsonl.gz", ".json", ".txt")
+    kind = next((k for k in kinds if path.name.endswith(k)), None)
+    if kind is None:
+        raise InputError(f"{path}: a data file must end in one of {', '.join(kinds)}")
+    number = 1
+    try:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if kind.endswith("gz")
+            else open(path, encoding="utf-8") as file
+        ):
+            if kind == ".txt":
+                yield str(path), {"text": file.read()}
+            elif kind == ".json":
+                rows = json.load(file)
+                if not isinstance(rows, list):
+                    raise InputError(f"{path}: a .json file must hold a list of rows")
+                yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows, 1))
+            else:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{path}:{number}", json.loads(line)
+    except json.JSONDecodeError as error:
+        line = error.lineno if kind == ".json" else number
+        raise InputError(
+            f"{path}:{line}: broken JSON, {error.msg} (column {error.colno})"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: line {number} or later is not UTF-8 text") from error
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: damaged gzip file ({error})") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+@dataclasses.dataclass
+class Report:
+    """What reading did: rows seen, rows unusable by reason, groups shortened to fit block_size."""
+
+    rows: int = 0
+    unusable: Counter = dataclasses.field(default_factory=Counter)
+    cut_prompts: int = 0
+    cut_completions: int = 0
+
+    def __str__(self) -> str:
+        bad = sum(self.unusable.values())
+        text = f"{self.rows - bad} of {self.rows} rows usable"
+        if bad:
+            text += "; not: " + ", ".join(f"{n} {why}" for why, n in self.unusable.most_common())
+        if self.cut_prompts or self.cut_completions:
+            text += (
+                f"; cut to block_size: {self.cut_prompts} prompts from the left, "
+                f"{self.cut_completions} completions from the right"
+            )
+        return text
+
+
+WANTED = {  # what each use of a file accepts, and how the error names it
+    "preference": ({"pair", "rewards"}, "preference pairs or completions with rewards"),
+    "sft": ({"pair", "rewards", "sft"}, "text, or prompts with completions"),
+    "prompt": ({"pair", "rewards", "sft", "prompt"}, "prompts"),
+}
+
+
+def read_files(paths: list, use: str, report: Report) -> Iterator[tuple[str, Row]]:
+    """(place, Row) of every usable row of every file, for one `use` of WANTED; the report counts
+    the rest."""
+    kinds, wanted = WANTED[use]
+    for path in paths:
+        before = report.rows
+        for place, value in read_rows(path):
+            report.rows += 1
+            try:
+                row = parse_row(value)
+            except Unusable as error:
+                report.unusable[str(error)] += 1
+                continue
+            except InputError as error:
+                raise InputError(f"{place}: {error}") from None
+            if row.kind not in kinds or (use == "prompt" and row.prompt is None):
+                raise InputError(f"{place}: expected {wanted}, got fields {sorted(value)}")
+            yield place, row
+        if report.rows == before:
+            raise InputError(f"{path}: the file is empty")
+
+
+# ------------------------------------------------------------------------------
+# Groups: token ids in flat arrays
+
+
+@dataclasses.dataclass
+class Groups:
+    """G groups in flat arrays, so that a hundred thousand cost no Python objects and slices are
+    views.
+
+    Segment s is tokens[offsets[s]:offsets[s + 1]]. Group g owns the segments from first[g], its
+    prompt (never empty), up to first[g + 1]; those after the prompt are its completions.
+    """
+
+    tokens: np.ndarray  # (n,) int32
+    offsets: np.ndarray  # (M + 1,) int64
+    first: np.ndarray  # (G + 1,) int64
+    ended: np.ndarray  # (M,) bool: the completion is followed by end-of-text (False: it was cut)
+    rewards: np.ndarray  # (M,) float64, NaN for prompts and where only an order is known
+    eot: int
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def segment(self, s: int) -> list[int]:
+        return self.tokens[self.offsets[s] : self.offsets[s + 1]].tolist()
+
+    def prompt(self, g: int) -> list[int]:
+        return self.segment(self.first[g])
+
+    def completions(self, g: int) -> list[list[int]]:
+        return [self.segment(s) for s in range(self.first[g] + 1, self.first[g + 1])]
+
+    def sizes(self) -> np.ndarray:
+        """(G,) tokens of each group, its prompt counted once."""
+        return self.offsets[self.first[1:]] - self.offsets[self.first[:-1]]
+
+    def is_pair(self) -> np.ndarray:
+        """(G,) bool: True for a preference pair, which has an order and no rewards."""
+        return np.isnan(self.rewards[self.first[:-1] + 1])
+
+
+class Builder:
+    """Collects groups, cut to block_size, and makes the flat arrays."""
+
+    def __init__(self, block_size: int, eot: int, report: Report):
+        self.block_size, self.eot, self.report = block_size, eot, report
+        self.segments, self.first, self.ended, self.rewards = [], [0], [], []
+
+    def add(
+        self, prompt: list[int], completions: list[list[int]], rewards=None, ended=True
+    ) -> bool:
+        """Add a group; False if cutting left fewer distinct completions than a choice needs.
+
+        The prompt may always have half of block_size, completions what the prompt leaves. A prompt
+        loses its beginning; a completion its end, and then no end-of-text follows it.
+        """
+        prompt = prompt or [self.eot]
+        longest = max((len(c) for c in completions), default=0)
+        keep = max(self.block_size - longest, self.block_size // 2)
+        cut = [c[: self.block_size - min(len(prompt), keep)] for c in completions]
+        if len(completions) > 1 and len(set(map(tuple, cut))) < 2:
+            self.report.unusable["identical within block_size"] += 1
+            return False
+        self.report.cut_prompts += len(prompt) > keep
+        self.report.cut_completions += sum(
+            len(a) < len(b) for a, b in zip(cut, completions, strict=True)
+        )
+        self.segments += [prompt[-keep:], *cut]
+        self.first.append(len(self.segments))
+        whole = [ended and len(a) == len(b) for a, b in zip(cut, completions, strict=True)]
+        self.ended += [False, *whole]
+        self.rewards += [math.nan, *(rewards or [math.nan] * len(cut))]
+        return True
+
+    def groups(self) -> Groups:
+        lengths = np.fromiter(map(len, self.segments), np.int64, len(self.segments))
+        tokens = np.empty(int(lengths.sum()), np.int32)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        for segment, start in zip(self.segments, offsets, strict=False):
+            tokens[start : start + len(segment)] = segment
+        arrays = (
+            np.array(self.first),
+            np.array(self.ended, bool),
+            np.array(self.rewards, np.float64),
+        )
+        return Groups(tokens, offsets, *arrays, self.eot)
+
+
+def read_groups(
+    paths: list, encoding: tiktoken.Encoding, block_size: int, use: str = "preference"
+) -> tuple[Groups, Report]:
+    """All usable rows of the files as groups, in file order, and what was left out.
+
+    use: `preference` (pairs, or completions with rewards), `sft` (K = 1: the completion, the
+    chosen, or the one with the highest reward; running text in blocks), `prompt` (K = 0). Raises
+    InputError for a file or row that cannot be read, or if nothing is usable.
+    """
+    report = Report()
+    builder = Builder(block_size, encoding.eot_token, report)
+    rows = (row for _, row in read_files(paths, use, report))
+    text = []  # running text, for blocks
+    for batch in iter(lambda: list(itertools.islice(rows, 4096)), []):
+        flat = [t for row in batch for t in [row.prompt or "", *row.completions]]
+        ids = iter(encoding.encode_ordinary_batch(flat, num_threads=os.cpu_count() or 1))
+        for row in batch:
+            prompt, completions = next(ids), [next(ids) for _ in row.completions]
+            if use == "prompt":
+                builder.add(prompt, [])
+            elif use == "preference":
+                builder.add(prompt, completions, row.rewards)
+            else:
+                best = row.rewards.index(max(row.rewards)) if row.rewards else 0
+                if row.prompt is None:
+                    text += [*completions[best], encoding.eot_token]
+                else:
+                    builder.add(prompt, [completions[best]])
+    before, step = [encoding.eot_token, *text], block_size - 1
+    for start in range(0, len(text), step):  # each token is predicted once, after its predecessor
+        builder.add([before[start]], [text[start : start + step]], ended=False)
+    if len(builder.first) == 1:
+        names = ", ".join(map(str, paths))
+        raise InputError(f"{names}: nothing usable ({report})")
+    return builder.groups(), report
+
+
+# ------------------------------------------------------------------------------
+# Batches
+
+
+class Batch(NamedTuple):
+    """B groups without padding, as model.Scorer reads them: L tokens in one list, the B prefixes
+    (prompt[:-1]), then the B*K completions ([prompt[-1]] + completion), then at least one spare
+    token, which fills every padded cell and is never scored. Attention alone needs the padded
+    cells."""
+
+    idx: torch.Tensor  # (L,) token ids
+    pos: torch.Tensor  # (L,) positions in their own text
+    targets: torch.Tensor  # (S,) what follows each completion token; spare tokens carry any id
+    prefix_cells: torch.Tensor  # (B, P) which token sits in each cell of the prefixes; P may be 0
+    cells: torch.Tensor  # (B, K, T) the same for the completions; the last cell is always padding
+    home: torch.Tensor  # (L,) cell of each token among the B*P + B*K*T; of spare ones: the last
+    prefix_len: torch.Tensor  # (B,) prefix tokens of each group
+    scored: torch.Tensor  # (B, K, T) bool: True where a cell holds a scored token
+    mask: torch.Tensor  # (B, K) bool: True where a completion exists
+    segment: torch.Tensor  # (B, K) its row in arrays kept beside the Groups (0 where absent)
+
+    def to(self, device, non_blocking: bool = False) -> "Batch":
+        return Batch(*(x.to(device, non_blocking=non_blocking) for x in self))
+
+
+def ragged_arange(lengths: np.ndarray) -> np.ndarray:
+    """[2, 3] -> [0, 1, 0, 1, 2]."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def collate(groups: Groups, ids: np.ndarray, round_to: int = 1) -> Batch:
+    """The groups with these ids as one batch. round_to: P, T and L become multiples of it, so that
+    a compiled step or a GPU's allocator meets few shapes."""
+
+    def rounded(n: int) -> int:
+        return -(-n // round_to) * round_to
+
+    ids = np.asarray(ids)
+    prompt = groups.first[ids]
+    count = groups.first[ids + 1] - prompt - 1
+    B, K = len(ids), max(int(count.max()), 1)
+    mask = np.arange(K) < count[:, None]
+    segment = np.where(mask, prompt[:, None] + 1 + np.arange(K), 0)
+    length = np.diff(groups.offsets)
+    prefix_len = length[prompt] - 1
+    inputs = np.where(
+        mask, length[segment] + groups.ended[segment], 0
+    )  # (B, K) tokens read = scored
+    P, T = rounded(int(prefix_len.max())), rounded(int(inputs.max()) + 1)
+    n_prefix, n = int(prefix_len.sum()), int(prefix_len.sum() + inputs.sum())
+    L = rounded(n + 1)
+
+    # where every token lies: row and column in the padded cells, and place in the flat store
+    row, col = np.repeat(np.arange(B), prefix_len), ragged_arange(prefix_len)
+    c_row, c_col = np.repeat(np.arange(B * K), inputs.ravel()), ragged_arange(inputs.ravel())
+    start = groups.offsets[segment].ravel()[c_row]
+    last_of_prompt = groups.offsets[prompt + 1][c_row // K] - 1
+    at_end = c_col == length[segment].ravel()[c_row]
+
+    idx, pos = np.zeros(L, np.int64), np.zeros(L, np.int64)
+    idx[:n_prefix] = groups.tokens[groups.offsets[prompt][row] + col]
+    idx[n_prefix:n] = groups.tokens[np.where(c_col == 0, last_of_prompt, start + c_col - 1)]
+    pos[:n_prefix], pos[n_prefix:n] = col, prefix_len[c_row // K] + c_col
+    targets = np.zeros(L - n_prefix, np.int64)
+    where = np.minimum(start + c_col, len(groups.tokens) - 1)
+    targets[: n - n_prefix] = np.where(at_end, groups.eot, groups.tokens[where])
+
+    home = np.full(L, B * P + B * K * T - 1, np.int64)
+    home[:n_prefix], home[n_prefix:n] = row * P + col, B * P + c_row * T + c_col
+    cells = np.full(B * P + B * K * T, L - 1, np.int64)
+    cells[home[:n]] = np.arange(n)
+    scored = np.arange(T) < inputs[:, :, None]
+    arrays = (
+        *(idx, pos, targets, cells[: B * P].reshape(B, P), cells[B * P :].reshape(B, K, T), home),
+        *(prefix_len, scored, mask, segment),
+    )
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
+
+
+def epoch_batches(groups: Groups, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The group ids of each batch of one epoch: shuffled, but with groups of similar size together.
+
+    Within shuffled pools of 64 batches groups are sorted by size and cut into batches, and the
+    batches are shuffled. It depends on (seed, epoch) alone, so a resumed run needs only its step
+    number.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order, sizes = rng.permutation(len(groups)), groups.sizes()
+    batches = []
+    for start in range(0, len(order), 64 * batch_size):
+        pool = order[start : start + 64 * batch_size]
+        pool = pool[np.argsort(sizes[pool], kind="stable")]
+        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
