@@ -366,6 +366,15 @@ class Groups:
     def completions(self, g: int) -> list[list[int]]:
         return [self.segment(s) for s in range(self.first[g] + 1, self.first[g + 1])]
 
+    def grid(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(segment, mask), both (B, K), of these groups' completions; absent: segment 0, mask
+        False."""
+        start = self.first[ids] + 1
+        count = self.first[ids + 1] - start
+        column = np.arange(max(int(count.max()), 1))
+        mask = column < count[:, None]
+        return np.where(mask, start[:, None] + column, 0), mask
+
     def sizes(self) -> np.ndarray:
         """(G,) tokens of each group, its prompt counted once."""
         return self.offsets[self.first[1:]] - self.offsets[self.first[:-1]]
@@ -497,12 +506,8 @@ def collate(groups: Groups, ids: np.ndarray, round_to: int = 1) -> Batch:
         return -(-n // round_to) * round_to
 
     ids = np.asarray(ids)
-    prompt = groups.first[ids]
-    count = groups.first[ids + 1] - prompt - 1
-    B, K = len(ids), max(int(count.max()), 1)
-    mask = np.arange(K) < count[:, None]
-    segment = np.where(mask, prompt[:, None] + 1 + np.arange(K), 0)
-    length = np.diff(groups.offsets)
+    segment, mask = groups.grid(ids)
+    (B, K), prompt, length = segment.shape, groups.first[ids], np.diff(groups.offsets)
     prefix_len = length[prompt] - 1
     inputs = np.where(
         mask, length[segment] + groups.ended[segment], 0

@@ -1,0 +1,736 @@
+"""
+Training: settings, one loop, checkpoints, and a task per stage.
+
+    python train.py                                      the exact world (experiments/toy.py), a
+    minute python train.py sft --data pairs.jsonl --out out/sft python train.py exo --data
+    pairs.jsonl --init out/sft --out out/exo      (or dpo)
+
+A task knows its batches, its loss and its evaluation; the loop knows steps, schedule, logging and
+saving, and nothing of methods. All randomness is a function of (seed, step), so a resumed run needs
+no generator states. Reference log-probs never change: they are computed once, before the first
+step, for the rows that will be read, and no second model is in memory while training.
+
+A run folder holds settings.json, config.json (the model's shape), ckpt.pt (the last state, to
+resume), best.pt (the weights with the lowest held-out loss) and metrics.jsonl (one record a line).
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+
+STAGES = ("toy", "sft", "exo", "dpo")
+
+
+def flag(default, text: str):
+    """A setting: its default and the reason or range that --help prints."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Settings:
+    """Every setting of every stage; the command line and --help are made from it. None: decided by
+    the stage or by --init, as the text says."""
+
+    stage: str = flag("toy", "what to train; toy is the exact world")
+    out: str = flag("", "run folder, by default out/STAGE")
+    # data
+    data: list[str] = flag((), "training files: .jsonl, .jsonl.gz, .json, .txt")
+    eval_data: list[str] = flag((), "held-out files")
+    encoding: str | None = flag(
+        None, "bytes, a tiktoken name or module:function (--init's, or bytes)"
+    )
+    # model
+    init: str = flag("", "start from this run folder or .pt file; exo and dpo stay near it")
+    block_size: int | None = flag(None, "longest text in tokens (--init's, or 256)")
+    n_layer: int | None = flag(None, "blocks (--init's, or 4)")
+    n_head: int | None = flag(None, "attention heads (--init's, or 4)")
+    n_embd: int | None = flag(None, "width (--init's, or 128)")
+    temperature: float | None = flag(
+        None, "divides logits, in training and sampling (--init's, or 1)"
+    )
+    # method
+    loss: str | None = flag(None, "exo or dpo, or a fork's entry in exo.LOSSES (the stage's name)")
+    beta_pi: float = flag(0.1, "larger stays closer to the reference; 0.1 to 0.5 is usual")
+    beta_r: float = flag(1.0, "temperature of rewards: small trusts them, large flattens them")
+    label_smoothing: float | None = flag(
+        None, "probability that a label is wrong (exo 1e-3, dpo 0)"
+    )
+    # optimisation
+    batch_size: int = flag(8, "groups per optimizer step")
+    micro_batch_size: int | None = flag(
+        None, "groups in memory at once; does not change the result"
+    )
+    epochs: float | None = flag(None, "passes over the data (1, unless --max_iters is given)")
+    max_iters: int | None = flag(None, "optimizer steps, instead of --epochs")
+    learning_rate: float | None = flag(None, "peak (sft 1e-3 from scratch, else 5e-5)")
+    lr_decay: str = flag("cosine", "cosine, linear or constant; down to a tenth of the peak")
+    warmup_iters: int | None = flag(None, "steps of linear warm-up (a twentieth of all)")
+    weight_decay: float = flag(0.0, "AdamW's, on matrices")
+    beta2: float = flag(0.99, "AdamW's second moment; few tokens a step want a long memory")
+    grad_clip: float = flag(1.0, "largest gradient norm; 0 turns clipping off")
+    # evaluation
+    eval_interval: int = flag(100, "steps between evaluations, each followed by a checkpoint")
+    log_interval: int = flag(10, "steps between training records")
+    kl_samples: int = flag(32, "completions drawn to estimate KL(pi || sft); 0 turns it off")
+    max_new_tokens: int = flag(64, "longest drawn completion")
+    dump_eval: str = flag("", "write a JSON line per held-out group here after the last step")
+    # machine
+    seed: int = flag(0, "the same seed gives the same numbers")
+    device: str | None = flag(None, "cuda, mps or cpu (the first there is)")
+    dtype: str | None = flag(None, "float32 or bfloat16 (bfloat16 on cuda, else float32)")
+    compile: bool = flag(False, "torch.compile: pays off on a GPU, slow to start on a CPU")
+    resume: bool = flag(False, "go on from --out's ckpt.pt")
+    overwrite: bool = flag(False, "replace the run in --out")
+    # toy
+    seeds: int = flag(8, "toy: number of seeds")
+    sweep: bool = flag(False, "toy: also the sweeps over K, beta and n_embd (15 minutes)")
+
+    def __post_init__(self):
+        self.out = self.out or f"out/{self.stage}"
+        self.loss = self.loss or (self.stage if self.stage in ("exo", "dpo") else None)
+        if self.label_smoothing is None:
+            self.label_smoothing = 1e-3 if self.loss == "exo" else 0.0
+        if self.epochs is None and self.max_iters is None:
+            self.epochs = 1.0
+        for ok, sentence in self.rules():
+            if not ok:
+                raise ValueError(sentence)
+
+    def rules(self):
+        """(holds, what to say if not), one for each way in which settings can contradict."""
+        s = self
+        need_init, preference = s.stage in ("exo", "dpo"), s.stage in ("exo", "dpo")
+        yield s.stage in STAGES, f"unknown stage {s.stage!r}: choose from {', '.join(STAGES)}"
+        if s.stage != "toy":
+            yield s.data, f"{s.stage} needs --data FILE"
+        if need_init:
+            yield s.init, f"{s.stage} needs --init, a run folder made by `python train.py sft`"
+        if preference:
+            low = "0 <" if s.loss == "exo" else "0 <="
+            ok = 0 < s.label_smoothing < 0.5 or (s.loss != "exo" and s.label_smoothing == 0)
+            why = " (at 0 the reverse KL is infinite)" if s.loss == "exo" else ""
+            yield ok, f"--label_smoothing must be {low} eps < 0.5{why}, got {s.label_smoothing}"
+        yield not (s.epochs and s.max_iters), "give --epochs or --max_iters, not both"
+        yield s.lr_decay in ("cosine", "linear", "constant"), f"unknown --lr_decay {s.lr_decay!r}"
+        yield s.dtype in (None, "float32", "bfloat16"), "--dtype must be float32 or bfloat16"
+        yield not (s.resume and s.overwrite), "give --resume or --overwrite, not both"
+        yield not s.dump_eval or s.eval_data, "--dump_eval needs --eval_data"
+        for name in ("beta_pi", "beta_r", "temperature", "learning_rate", "epochs"):
+            value = getattr(s, name)
+            ok = value is None or (value > 0 and math.isfinite(value))
+            yield ok, f"--{name} must be a finite number above 0, got {value}"
+        steps = ("batch_size", "micro_batch_size", "max_iters", "eval_interval", "log_interval")
+        sizes = ("block_size", "n_layer", "n_head", "n_embd", "max_new_tokens", "seeds")
+        for name in (*steps, *sizes):
+            value = getattr(s, name)
+            least = 2 if name == "block_size" else 1
+            yield value is None or value >= least, f"--{name} must be at least {least}, got {value}"
+        for name in ("kl_samples", "weight_decay", "grad_clip", "warmup_iters", "seed"):
+            value = getattr(s, name)
+            yield value is None or value >= 0, f"--{name} must not be negative, got {value}"
+        yield 0 <= s.beta2 < 1, f"--beta2 must be in [0, 1), got {s.beta2}"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes take one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+def parse(argv: list[str]) -> Settings:
+    """Command line -> Settings; exits with 2 and one sentence if they contradict."""
+    parser = Parser(
+        "train.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("stage", nargs="?", default="toy", choices=STAGES)
+    for f in dataclasses.fields(Settings)[1:]:
+        kind, text = str(f.type), f.metadata["help"]
+        if kind == str(bool):
+            parser.add_argument(f"--{f.name}", action="store_true", help=text)
+            continue
+        shown = "" if f.default in (None, "", ()) else f" (default {f.default})"
+        types = {"int": int, "float": float}
+        base = kind.replace("<class '", "").replace("'>", "").split(" | ")[0]
+        nargs = {"nargs": "+"} if base.startswith("list") else {}
+        parser.add_argument(
+            f"--{f.name}",
+            type=types.get(base, str),
+            default=f.default,
+            help=text + shown,
+            metavar=base.upper() if base in types else "NAME" if not nargs else "FILE",
+            **nargs,
+        )
+    try:
+        return Settings(**vars(parser.parse_args(argv)))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    parse(sys.argv[1:])  # --help and mistakes are answered before the slow imports
+
+# ruff: noqa: E402
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import exo
+from data import (
+    Builder,
+    Groups,
+    InputError,
+    Report,
+    collate,
+    epoch_batches,
+    get_encoding,
+    read_groups,
+)
+from model import GPT, GPTConfig, Scorer
+
+# ------------------------------------------------------------------------------
+# Files of a run: written beside their place and moved there, so that none is ever half written
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A temporary path to write to; it takes the place of `path` only if the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A run folder's ckpt.pt, or a .pt file: {model, config, encoding, temperature, stage, ...}, on
+    the CPU."""
+    path = Path(path)
+    file = path / "ckpt.pt" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"no checkpoint at {file}")
+    try:
+        ckpt = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if not {"model", "config", "encoding", "temperature"} <= set(ckpt):
+            raise KeyError("not a checkpoint of this project")
+    except Exception as error:  # whatever a damaged or foreign file makes torch raise
+        raise InputError(
+            f"cannot read the checkpoint {file}: {str(error).splitlines()[0]}"
+        ) from error
+    return ckpt
+
+
+def load_gpt(path: str | Path, device="cpu") -> tuple[GPT, dict]:
+    """The model of a checkpoint, in eval mode, and the checkpoint's other entries."""
+    ckpt = load_checkpoint(path)
+    gpt = GPT(GPTConfig(**ckpt["config"]))
+    gpt.load_state_dict(ckpt.pop("model"))
+    return gpt.to(device).eval(), ckpt
+
+
+def open_run(s: Settings) -> Path:
+    """The run folder of --out, made (or, to resume, checked) only when all input has been read."""
+    out, settings = Path(s.out), dataclasses.asdict(s)
+    if s.resume:
+        if not (out / "settings.json").is_file() or not (out / "ckpt.pt").is_file():
+            raise InputError(f"--resume: {out} holds no run with a checkpoint")
+        before = json.loads((out / "settings.json").read_text())
+        free = {"resume", "overwrite", "device", "compile", "dump_eval"}
+        changed = [k for k, v in before.items() if k not in free and settings.get(k) != v]
+        if changed:
+            raise InputError(f"--resume: the run in {out} has another --{', --'.join(changed)}")
+        return out
+    if (out / "settings.json").exists() and not s.overwrite:
+        raise InputError(f"{out} holds a run: give --resume, --overwrite or another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
+    for old in ("ckpt.pt", "best.pt", "metrics.jsonl"):
+        (out / old).unlink(missing_ok=True)
+    write_json(out / "settings.json", settings)
+    return out
+
+
+# ------------------------------------------------------------------------------
+# Setting up
+
+
+def pick_device(name: str | None) -> torch.device:
+    have = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    name = name or next(kind for kind, there in have.items() if there)
+    if not have.get(name.partition(":")[0]):
+        raise InputError(
+            f"--device {name} is not there; this machine has {[k for k in have if have[k]]}"
+        )
+    return torch.device(name)
+
+
+def build(s: Settings) -> tuple[GPT, str, float]:
+    """(model, encoding's name, temperature) from --init, or from scratch; flags beside --init must
+    agree."""
+    sizes = {k: getattr(s, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}
+    if s.init:
+        gpt, ckpt = load_gpt(s.init)
+        given = {**sizes, "encoding": s.encoding}
+        for name, value in given.items():
+            has = ckpt["encoding"] if name == "encoding" else getattr(gpt.config, name)
+            if value is not None and value != has:
+                raise InputError(
+                    f"--{name} {value} disagrees with --init {s.init}, which has {has}"
+                )
+        encoding = get_encoding(ckpt["encoding"])
+        if encoding.n_vocab != gpt.config.vocab_size:
+            raise InputError(
+                f"--init {s.init} has a vocabulary of {gpt.config.vocab_size}, "
+                f"its encoding {ckpt['encoding']} has {encoding.n_vocab}"
+            )
+        return gpt, ckpt["encoding"], s.temperature or ckpt["temperature"]
+    name = s.encoding or "bytes"
+    encoding = get_encoding(name)
+    default = {"block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 128}
+    try:
+        config = GPTConfig(
+            vocab_size=encoding.n_vocab, **{k: v or default[k] for k, v in sizes.items()}
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return GPT(config, torch.Generator().manual_seed(s.seed)), name, s.temperature or 1.0
+
+
+def autocast(s: Settings, device: torch.device):
+    """bfloat16 where the device computes it fast and nobody said otherwise. Sums stay in
+    float32."""
+    bf16 = s.dtype == "bfloat16" or (s.dtype is None and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def adamw(module: torch.nn.Module, s: Settings, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW, fused; weight decay on matrices only."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": s.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, s.beta2), fused=True)
+
+
+def schedule(s: Settings, step: int, steps: int) -> float:
+    """Factor on the peak learning rate at `step` of `steps`: linear warm-up, then decay to a
+    tenth."""
+    warmup = max(steps // 20, 1) if s.warmup_iters is None else s.warmup_iters
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(steps - warmup, 1)
+    if s.lr_decay == "constant":
+        return 1.0
+    return 0.1 + 0.9 * (1 - done if s.lr_decay == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+# ------------------------------------------------------------------------------
+# Tasks: what each stage trains
+
+
+class Task:
+    """Groups, the one module whose forward is the whole differentiable computation, and a loss.
+
+    `weigh(batch)` says how much a batch counts in the mean that `loss(batch)` takes, so that
+    micro-batches add up to exactly the large batch.
+    """
+
+    def __init__(self, s: Settings, device: torch.device):
+        self.s, self.device = s, device
+        self.gpt, self.encoding_name, self.temperature = build(s)
+        self.encoding = get_encoding(self.encoding_name)
+        self.gpt.to(device)
+        self.scorer = Scorer(self.gpt, self.temperature)
+        self.module = torch.compile(self.scorer) if s.compile else self.scorer
+        use = "sft" if s.stage == "sft" else "preference"
+        self.groups = self.read(s.data, use)
+        self.eval_groups = self.read(s.eval_data, use) if s.eval_data else None
+
+    def read(self, paths: list[str], use: str) -> Groups:
+        groups, report = read_groups(paths, self.encoding, self.gpt.config.block_size, use)
+        print(f"{', '.join(map(str, paths))}: {report}")
+        return groups
+
+    def prepare(self, ids: np.ndarray) -> None:
+        """Whatever must be known of these groups of the training data before the first step."""
+
+    def evaluate(self, step: int) -> dict:
+        return {}
+
+    def finish(self) -> None:
+        """After the last step."""
+
+
+class SFT(Task):
+    """Cross-entropy of the completion's tokens, averaged over tokens."""
+
+    def weigh(self, batch) -> int:
+        return int(batch.scored.sum())
+
+    def loss(self, batch) -> Tensor:
+        return -self.module(batch).sum() / batch.scored.sum()
+
+    def evaluate(self, step: int) -> dict:
+        if self.eval_groups is None:
+            return {}
+        logps = score(self.module, self.eval_groups, self.s, self.device)
+        tokens = np.diff(self.eval_groups.offsets) + self.eval_groups.ended
+        n_tokens = (
+            tokens.sum() - tokens[self.eval_groups.first[:-1]].sum()
+        )  # prompts are not scored
+        loss = -logps.sum().item() / int(n_tokens)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+class Preference(Task):
+    """EXO, DPO, or a fork's loss: groups with a target, and the reference's log-probs stored beside
+    them."""
+
+    def __init__(self, s: Settings, device: torch.device):
+        super().__init__(s, device)
+        if s.loss not in exo.LOSSES:
+            raise InputError(f"unknown --loss {s.loss!r}: choose from {', '.join(exo.LOSSES)}")
+        self.loss_fn = exo.LOSSES[s.loss]
+        self.log_target = log_targets(self.groups, s.beta_r, s.label_smoothing).to(device)
+        if self.eval_groups is not None:
+            self.eval_target = log_targets(self.eval_groups, s.beta_r, s.label_smoothing)
+        self.warned = False
+
+    def prepare(self, ids: np.ndarray) -> None:
+        ref, _ = load_gpt(self.s.init, self.device)  # the policy may be further already, if resumed
+        scorer = Scorer(ref, self.temperature)
+        self.ref_logps = score(scorer, self.groups, self.s, self.device, ids, "reference").to(
+            self.device
+        )
+        if self.eval_groups is not None:
+            self.eval_ref = score(scorer, self.eval_groups, self.s, self.device, None, "reference")
+
+    def weigh(self, batch) -> int:
+        return len(batch.mask)
+
+    def loss(self, batch) -> Tensor:
+        logps = self.module(batch).sum(-1)  # (B, K)
+        ref, target = self.ref_logps[batch.segment], self.log_target[batch.segment]
+        return self.loss_fn(logps, ref, target, self.s.beta_pi, batch.mask)
+
+    def evaluate(self, step: int) -> dict:
+        result = self.held_out()[0] if self.eval_groups is not None else {}
+        if self.s.kl_samples:
+            result |= self.drawn_kl(step)
+        if result.get("chosen_logratio", 0) < -0.1 and not self.warned:
+            self.warned = True
+            tqdm.write(
+                f"warning: at step {step} the chosen completions are less likely than under the "
+                f"reference (mean log-ratio {result['chosen_logratio']:.2f}): the margin grows "
+                "because the rejected fall faster; a larger --beta_pi or fewer steps keep them"
+            )
+        return result
+
+    def held_out(self) -> tuple[dict, tuple]:
+        """Metrics over the held-out groups, and the (G, K) tensors they come from."""
+        groups = self.eval_groups
+        segment, mask = map(torch.from_numpy, groups.grid(np.arange(len(groups))))
+        logps = score(self.module, groups, self.s, self.device)[segment]
+        ref, target = self.eval_ref[segment], self.eval_target[segment]
+        loss = self.loss_fn(logps, ref, target, self.s.beta_pi, mask)
+        ratio = logps - ref
+        length = torch.from_numpy(np.diff(groups.offsets) + groups.ended)[segment]
+        best = target.masked_fill(~mask, -torch.inf).argmax(-1, keepdim=True)
+        worst = target.masked_fill(~mask, torch.inf).argmin(-1, keepdim=True)
+        result = {
+            "loss": loss.item(),
+            "accuracy": accuracy(ratio, target, mask),
+            "margin": self.s.beta_pi
+            * (ratio.gather(1, best) - ratio.gather(1, worst)).mean().item(),
+        }
+        for name, k in (("chosen", best), ("rejected", worst)):
+            result[f"{name}_logps"] = logps.gather(1, k).mean().item()
+            result[f"{name}_logratio"] = ratio.gather(1, k).mean().item()
+            result[f"{name}_length"] = length.gather(1, k).double().mean().item()
+        return result, (logps, ref, target, mask)
+
+    def drawn_kl(self, step: int) -> dict:
+        """KL(pi || sft) and its standard error, from one completion of each of kl_samples
+        prompts."""
+        groups = self.groups if self.eval_groups is None else self.eval_groups
+        block = self.gpt.config.block_size
+        new = min(self.s.max_new_tokens, block // 2)
+        some = np.unique(np.linspace(0, len(groups) - 1, self.s.kl_samples).round().astype(int))
+        prompts = [groups.prompt(g)[-(block - new) :] for g in some]
+        generator = torch.Generator().manual_seed(self.s.seed * 1_000_003 + step)
+        with autocast(self.s, self.device):
+            drawn = self.gpt.generate(
+                *(prompts, new), temperature=self.temperature, eot=groups.eot, generator=generator
+            )
+        builder = Builder(block, groups.eot, Report())
+        for prompt, y in zip(prompts, drawn, strict=True):
+            ended = y[-1] == groups.eot
+            builder.add(prompt, [y[:-1] if ended else y], ended=ended)
+        drawn = builder.groups()
+        ref = Scorer(load_gpt(self.s.init, self.device)[0], self.temperature)
+        logps, ref_logps = (score(m, drawn, self.s, self.device) for m in (self.scorer, ref))
+        segment = drawn.first[:-1] + 1
+        k1 = exo.kl_estimates(logps, ref_logps)["k1"][segment]
+        spread = k1.std().item() / math.sqrt(len(k1)) if len(k1) > 1 else 0.0
+        length = (np.diff(drawn.offsets) + drawn.ended)[segment].mean().item()
+        return {"kl": k1.mean().item(), "kl_stderr": spread, "sampled_length": float(length)}
+
+    def finish(self) -> None:
+        if not self.s.dump_eval:
+            return
+        rows = [
+            x.exp().tolist() if i == 2 else x.tolist() for i, x in enumerate(self.held_out()[1])
+        ]
+        with replacing(Path(self.s.dump_eval)) as temporary, open(temporary, "w") as file:
+            for g, (logps, ref, target, mask) in enumerate(zip(*rows, strict=True)):
+                k = sum(mask)
+                record = {
+                    "group": g,
+                    "policy_logps": logps[:k],
+                    "ref_logps": ref[:k],
+                    "target": target[:k],
+                }
+                file.write(json.dumps(record) + "\n")
+
+
+def log_targets(groups: Groups, beta_r: float, label_smoothing: float) -> Tensor:
+    """log p of every completion, (M,) float64: the label's for pairs, the rewards' for the
+    others."""
+    ids = np.arange(len(groups))
+    segment, mask = map(torch.from_numpy, groups.grid(ids))
+    pair = torch.from_numpy(groups.is_pair())
+    target = exo.reward_target(torch.from_numpy(groups.rewards)[segment], beta_r, mask)
+    target[pair, :2] = exo.preference_target(label_smoothing)
+    out = torch.zeros(len(groups.rewards), dtype=torch.float64)
+    out[segment[mask]] = target[mask]
+    return out
+
+
+def accuracy(ratio: Tensor, target: Tensor, mask: Tensor) -> float:
+    """Of all pairs in a group with unlike targets, the share that log-ratios order alike; a tie is
+    half."""
+    both = mask[:, :, None] & mask[:, None, :]
+    wanted = (target[:, :, None] > target[:, None, :]) & both
+    gap = (ratio[:, :, None] - ratio[:, None, :])[wanted]
+    return ((gap > 0).double() + (gap == 0).double() / 2).mean().item()
+
+
+@torch.no_grad()
+def score(module, groups: Groups, s: Settings, device, ids=None, note: str = "") -> Tensor:
+    """log pi of the completions of these groups (all by default): (M,) on the CPU, 0 elsewhere.
+
+    Batches hold groups of similar size. `note` names a progress bar.
+    """
+    out = torch.zeros(len(groups.ended), dtype=torch.float64)
+    ids = np.arange(len(groups)) if ids is None else ids
+    ids = ids[np.argsort(groups.sizes()[ids], kind="stable")]
+    size = s.micro_batch_size or s.batch_size
+    for start in tqdm(range(0, len(ids), size), note, disable=not note, leave=False):
+        batch = collate(groups, ids[start : start + size], rounding(device))
+        with autocast(s, device):
+            logps = module(batch.to(device)).sum(-1)
+        out[batch.segment[batch.mask]] = logps[batch.mask.to(device)].double().cpu()
+    return out
+
+
+def rounding(device: torch.device) -> int:
+    """Lengths become multiples of this: a GPU likes few shapes, a CPU would only compute the
+    padding."""
+    return 64 if device.type == "cuda" else 1
+
+
+# ------------------------------------------------------------------------------
+# The loop
+
+
+class Log:
+    """metrics.jsonl, one record a line; on resume, records after the checkpoint's step are
+    dropped."""
+
+    def __init__(self, path: Path, step: int):
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+
+    def write(self, record: dict) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+
+class Stop:
+    """SIGINT and SIGTERM ask the loop to save and leave after the step; a second one does not
+    wait."""
+
+    def __enter__(self):
+        self.signal = None
+        self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        self.signal = number
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def fit(s: Settings, task: Task) -> int:
+    """Train `task`: the one loop of every stage. Returns the exit status."""
+    n_batches = math.ceil(len(task.groups) / s.batch_size)
+    steps = s.max_iters or math.ceil(s.epochs * n_batches)
+    peak = s.learning_rate or (5e-5 if s.init else 1e-3)
+    optimizer = adamw(task.gpt, s, peak)
+    state = {"step": 0, "evaluated": -1, "best": math.inf}
+    if s.resume:
+        open_run(s)
+        ckpt = load_checkpoint(s.out)
+        task.gpt.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        state = {k: ckpt[k] for k in state}
+    batches = {e: epoch_batches(task.groups, s.batch_size, s.seed, e) for e in range(1)}
+
+    def ids_of(step: int) -> np.ndarray:
+        epoch = step // n_batches
+        if epoch not in batches:
+            batches.clear()
+            batches[epoch] = epoch_batches(task.groups, s.batch_size, s.seed, epoch)
+        return batches[epoch][step % n_batches]
+
+    task.prepare(np.unique(np.concatenate([ids_of(i) for i in range(min(steps, n_batches))])))
+    out = open_run(s)
+    log = Log(out / "metrics.jsonl", state["step"])
+    bar = tqdm(total=steps, initial=state["step"], desc=s.stage)
+    shown = {}
+    with Stop() as stop:
+        while True:
+            step = state["step"]
+            due = step % s.eval_interval == 0 or step == steps
+            if due and step > state["evaluated"]:
+                metrics = task.evaluate(step)
+                state["evaluated"] = step
+                log.write({"step": step, "kind": "eval", **metrics})
+                better = metrics.get("loss", math.inf) < state["best"]
+                state["best"] = min(state["best"], metrics.get("loss", math.inf))
+                save(out, task, optimizer, state, better)
+                shown |= {
+                    f"eval_{k}": metrics[k] for k in ("loss", "accuracy", "kl") if k in metrics
+                }
+            if step == steps or stop.signal:
+                break
+            rate = peak * schedule(s, step, steps)
+            start = time.perf_counter()
+            loss, norm, tokens = update(s, task, optimizer, ids_of(step), rate)
+            state["step"] += 1
+            if state["step"] % s.log_interval == 0 or state["step"] == steps:
+                loss, seconds = loss.item(), time.perf_counter() - start
+                record = {"step": state["step"], "kind": "train", "loss": loss, "lr": rate}
+                record |= {"grad_norm": norm.item(), "tokens_per_s": tokens / seconds}
+                log.write(record)
+                shown |= {"loss": loss}
+            bar.update()
+            bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
+    bar.close()
+    if stop.signal:
+        save(out, task, optimizer, state, False)
+        print(
+            f"stopped at step {state['step']} of {steps}; --resume goes on from here",
+            file=sys.stderr,
+        )
+        return 128 + stop.signal
+    task.finish()
+    print(f"{out}: {steps} steps; last evaluation {json.dumps(shown)}")
+    return 0
+
+
+def update(s: Settings, task: Task, optimizer, ids: np.ndarray, rate: float):
+    """One optimizer step on the groups `ids`: (loss, gradient norm, tokens read)."""
+    size = s.micro_batch_size or len(ids)
+    micro = [
+        collate(task.groups, ids[i : i + size], rounding(task.device))
+        for i in range(0, len(ids), size)
+    ]
+    weights = [task.weigh(batch) for batch in micro]
+    total = 0.0
+    for batch, weight in zip(micro, weights, strict=True):
+        with autocast(s, task.device):
+            loss = task.loss(batch.to(task.device)) * (weight / sum(weights))
+        loss.backward()
+        total = total + loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(task.gpt.parameters(), s.grad_clip or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm, sum(len(batch.idx) for batch in micro)
+
+
+def save(out: Path, task: Task, optimizer, state: dict, better: bool) -> None:
+    """ckpt.pt with everything a resumed run needs, and best.pt with the weights alone."""
+    weights = {
+        "model": task.gpt.state_dict(),
+        "config": dataclasses.asdict(task.gpt.config),
+        "encoding": task.encoding_name,
+        "temperature": task.temperature,
+        "stage": task.s.stage,
+    }
+    write_json(out / "config.json", weights["config"] | {"encoding": weights["encoding"]})
+    if better:
+        with replacing(out / "best.pt") as temporary:
+            torch.save(weights | {"step": state["step"]}, temporary)
+    with replacing(out / "ckpt.pt") as temporary:
+        torch.save(weights | state | {"optimizer": optimizer.state_dict()}, temporary)
+
+
+TASKS = {"sft": SFT, "exo": Preference, "dpo": Preference}
+
+
+def main(argv: list[str] | None = None) -> int:
+    s = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        if s.stage == "toy":
+            from experiments import toy
+
+            toy.run(s.out, s.seeds, s.sweep)
+            return 0
+        out = Path(s.out)
+        if (out / "settings.json").exists() and not (s.resume or s.overwrite):
+            raise InputError(f"{out} holds a run: give --resume, --overwrite or another --out")
+        return fit(s, TASKS[s.stage](s, pick_device(s.device)))
+    except InputError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
