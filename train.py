@@ -81,6 +81,7 @@ class Settings:
     seed: int = flag(0, "the same seed gives the same numbers")
     device: str | None = flag(None, "cuda, mps or cpu (the first there is)")
     dtype: str | None = flag(None, "float32 or bfloat16 (bfloat16 on cuda, else float32)")
+    threads: int | None = flag(None, "CPU threads; the sums, and so the last bits, depend on it")
     compile: bool = flag(False, "torch.compile: pays off on a GPU, slow to start on a CPU")
     resume: bool = flag(False, "go on from --out's ckpt.pt")
     overwrite: bool = flag(False, "replace the run in --out")
@@ -123,7 +124,7 @@ class Settings:
             ok = value is None or (value > 0 and math.isfinite(value))
             yield ok, f"--{name} must be a finite number above 0, got {value}"
         steps = ("batch_size", "micro_batch_size", "max_iters", "eval_interval", "log_interval")
-        sizes = ("block_size", "n_layer", "n_head", "n_embd", "max_new_tokens", "seeds")
+        sizes = ("block_size", "n_layer", "n_head", "n_embd", "max_new_tokens", "seeds", "threads")
         for name in (*steps, *sizes):
             value = getattr(s, name)
             least = 2 if name == "block_size" else 1
@@ -717,6 +718,8 @@ TASKS = {"sft": SFT, "exo": Preference, "dpo": Preference}
 
 def main(argv: list[str] | None = None) -> int:
     s = parse(sys.argv[1:] if argv is None else argv)
+    if s.threads:
+        torch.set_num_threads(s.threads)
     try:
         if s.stage == "toy":
             from experiments import toy

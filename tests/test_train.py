@@ -1,0 +1,404 @@
+"""train.py and sample.py from the outside: runs leave the right files, mistakes one sentence."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import exo
+import sample
+import train
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parent.parent
+TINY = "--n_layer 1 --n_head 1 --n_embd 16 --block_size 64 --max_iters 6 --eval_interval 3".split()
+SHORT = "--max_iters 6 --eval_interval 3 --log_interval 1 --learning_rate 1e-3".split()
+SHORT += "--kl_samples 4 --max_new_tokens 8".split()
+
+
+def write_rows(path: Path, rows: list) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict:
+    """A pair file, a reward file, and a tiny sft run on the pairs."""
+    folder, rng = tmp_path_factory.mktemp("files"), random.Random(0)
+
+    def words(n):
+        return " ".join(rng.choice("the a cat dog sat ran big red".split()) for _ in range(n))
+
+    pairs = [
+        {"prompt": words(3), "chosen": f" {words(2)} yes", "rejected": f" {words(3)} no"}
+        for _ in range(24)
+    ]
+    rewards = []
+    for _ in range(20):
+        completions = [f" {words(2)} {i}" for i in range(rng.randint(2, 4))]
+        scores = [float(y.count("a")) for y in completions]
+        rewards.append({"prompt": words(3), "completions": completions, "rewards": scores})
+    out = {
+        "pairs": write_rows(folder / "pairs.jsonl", pairs),
+        "rewards": write_rows(folder / "rewards.jsonl", rewards),
+        "sft": str(folder / "sft"),
+    }
+    argv = ["sft", "--data", out["pairs"], "--eval_data", out["pairs"], "--out", out["sft"], *TINY]
+    assert train.main(argv) == 0
+    return out
+
+
+def records(out: Path, kind: str) -> list[dict]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def preference(stage: str, files: dict, out: Path, *more: str, data_="pairs") -> int:
+    argv = [stage, "--data", files[data_], "--eval_data", files["pairs"], "--init", files["sft"]]
+    return train.main([*argv, "--out", str(out), *SHORT, *more])
+
+
+# ------------------------------------------------------------------------------
+# Runs
+
+
+def test_sft_learns_and_leaves_a_whole_run_folder(files):
+    out = Path(files["sft"])
+    names = {"settings.json", "config.json", "ckpt.pt", "best.pt", "metrics.jsonl"}
+    assert {p.name for p in out.iterdir()} == names
+    losses = [r["loss"] for r in records(out, "eval")]
+    assert losses[0] == pytest.approx(np.log(257), abs=0.05)  # knows nothing
+    assert losses[-1] < losses[0] - 0.02
+    assert json.loads((out / "config.json").read_text())["n_embd"] == 16
+
+
+@pytest.mark.parametrize(("stage", "start"), [("exo", 2.7612), ("dpo", np.log(2))])
+def test_preference_starts_where_policy_equals_reference(stage, start, files, tmp_path):
+    """The first evaluation is known by hand: uniform q, coin-toss accuracy, no distance from sft."""
+    assert preference(stage, files, tmp_path / "run") == 0
+    first, *_, last = records(tmp_path / "run", "eval")
+    assert first["loss"] == pytest.approx(start, abs=1e-3)
+    assert first["accuracy"] == 0.5
+    assert first["margin"] == first["chosen_logratio"] == first["kl"] == 0
+    assert last["loss"] < first["loss"]
+    assert last["accuracy"] > 0.5
+    assert last["chosen_length"] < last["rejected_length"]
+
+
+def test_pairs_and_rewards_train_together(files, tmp_path):
+    """K differs by row and by kind; both kinds of target stand in one batch."""
+    argv = ["exo", "--data", files["pairs"], files["rewards"], "--eval_data", files["rewards"]]
+    argv += ["--init", files["sft"], "--out", str(tmp_path / "run"), *SHORT]
+    assert train.main([*argv, "--dump_eval", str(tmp_path / "dump.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "dump.jsonl").read_text().splitlines()]
+    assert len(rows) == 20
+    source = [json.loads(line) for line in Path(files["rewards"]).read_text().splitlines()]
+    for row, original in zip(rows, source, strict=True):
+        p = np.exp(original["rewards"])
+        np.testing.assert_allclose(row["target"], p / p.sum(), atol=1e-12)
+        assert len(row["policy_logps"]) == len(row["ref_logps"]) == len(p)
+
+
+def test_dumped_log_probs_give_the_reported_loss(files, tmp_path):
+    dump = tmp_path / "dump.jsonl"
+    assert preference("exo", files, tmp_path / "run", "--dump_eval", str(dump)) == 0
+    rows = [json.loads(line) for line in dump.read_text().splitlines()]
+    policy, ref, target = (
+        torch.tensor([r[k] for r in rows], dtype=torch.float64)
+        for k in ("policy_logps", "ref_logps", "target")
+    )
+    loss = exo.exo_loss(policy, ref, target.log(), 0.1).item()
+    assert loss == pytest.approx(records(tmp_path / "run", "eval")[-1]["loss"], rel=1e-9)
+
+
+def test_the_same_seed_gives_the_same_numbers(files, tmp_path):
+    for name in ("a", "b"):
+        assert preference("dpo", files, tmp_path / name) == 0
+    for kind in ("eval", "train"):
+        a, b = (records(tmp_path / name, kind) for name in ("a", "b"))
+        assert [{**r, "tokens_per_s": 0} for r in a] == [{**r, "tokens_per_s": 0} for r in b]
+    a, b = (train.load_checkpoint(tmp_path / name)["model"] for name in ("a", "b"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_micro_batches_give_the_gradient_of_the_large_batch(files, tmp_path):
+    """Unequal micro-batches, too: 8 groups as 3 + 3 + 2, each weighted by what it holds."""
+    for stage in ("exo", "sft"):
+        gradients = []
+        for micro in (None, 3):
+            s = train.Settings(
+                stage, data=[files["pairs"]], init=files["sft"], micro_batch_size=micro, grad_clip=0
+            )
+            task = train.TASKS[stage](s, torch.device("cpu"))
+            task.gpt.double()
+            task.prepare(np.arange(len(task.groups)))
+            seen = []
+            optimizer = train.adamw(task.gpt, s, 0.0)
+            optimizer.register_step_pre_hook(
+                lambda o, *_, seen=seen: seen.extend(
+                    p.grad.clone() for g in o.param_groups for p in g["params"]
+                )
+            )
+            train.update(s, task, optimizer, np.arange(8), 0.0)
+            gradients.append(seen)
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_reference_log_probs_are_computed_only_for_rows_that_will_be_read(files, tmp_path):
+    s = train.Settings("exo", data=[files["pairs"]], init=files["sft"])
+    task = train.Preference(s, torch.device("cpu"))
+    task.prepare(np.array([3, 5]))
+    known = task.ref_logps.nonzero()[:, 0].tolist()
+    assert known == [int(task.groups.first[g]) + k for g in (3, 5) for k in (1, 2)]
+
+
+def test_a_forks_loss_is_one_function_and_one_entry(files, tmp_path, monkeypatch):
+    def ipo_loss(policy_logps, ref_logps, log_target, beta_pi=1.0, mask=None):
+        ratio = policy_logps - ref_logps.to(policy_logps)
+        return (ratio[:, 0] - ratio[:, 1] - 1 / (2 * beta_pi)).square().mean()
+
+    monkeypatch.setitem(exo.LOSSES, "ipo", ipo_loss)
+    assert preference("exo", files, tmp_path / "run", "--loss", "ipo") == 0
+    assert records(tmp_path / "run", "eval")[0]["loss"] == pytest.approx(25.0)
+
+
+def test_warns_when_the_chosen_fall(files, tmp_path, capsys):
+    """DPO's well-known side effect: the margin grows while both log-probs fall."""
+    s = train.Settings("dpo", data=[files["pairs"]], eval_data=[files["pairs"]], init=files["sft"])
+    s.kl_samples = 0
+    task = train.Preference(s, torch.device("cpu"))
+    task.prepare(np.arange(2))
+    task.eval_ref += 1.0
+    task.evaluate(7)
+    task.evaluate(8)
+    printed = capsys.readouterr().out
+    assert printed.count("warning: at step 7 the chosen completions are less likely") == 1
+    assert "step 8" not in printed
+
+
+def test_accuracy_counts_pairs_with_unlike_targets():
+    """Three completions, rewards 0, 1, 1: two comparable pairs; one ordered alike, one tied."""
+    target = torch.tensor([[0.0, 1.0, 1.0]])
+    ratio = torch.tensor([[0.0, 2.0, 0.0]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    assert train.accuracy(ratio, target, mask) == 0.75
+    assert train.accuracy(ratio, target, torch.tensor([[True, True, False]])) == 1.0
+
+
+def test_temperature_is_stored_and_scales_logits(files, tmp_path):
+    out = tmp_path / "warm"
+    argv = ["sft", "--data", files["pairs"], "--eval_data", files["pairs"], "--out", str(out)]
+    assert train.main([*argv, *TINY, "--temperature", "2.0"]) == 0
+    gpt, ckpt = train.load_gpt(out)
+    assert ckpt["temperature"] == 2.0
+    groups, _ = data.read_groups([files["pairs"]], data.byte_encoding(), 64, "sft")
+    total, count = 0.0, 0
+    for g in range(len(groups)):
+        x = groups.prompt(g) + groups.completions(g)[0]
+        targets = torch.tensor([*groups.completions(g)[0], groups.eot])
+        logits = gpt(torch.tensor([x]))[0, -len(targets) :] / 2.0
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        count += len(targets)
+    assert records(out, "eval")[-1]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_learning_rate_warms_up_and_decays():
+    s = train.Settings("sft", data=["x"], warmup_iters=10)
+    rates = [train.schedule(s, step, 100) for step in range(100)]
+    assert rates[0] < rates[5] < rates[9] < 1
+    assert max(rates) == rates[10] == 1.0
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+
+
+# ------------------------------------------------------------------------------
+# Stopping and going on
+
+
+def without_rates(path: Path) -> list[dict]:
+    return [{**json.loads(r), "tokens_per_s": 0} for r in path.read_text().splitlines()]
+
+
+def command(files: dict, out: Path, *more: str) -> list[str]:
+    argv = [sys.executable, "train.py", "exo", "--data", files["pairs"], "--init", files["sft"]]
+    argv += ["--eval_data", files["pairs"], "--out", str(out), "--max_iters", "40"]
+    return [*argv, *"--eval_interval 5 --log_interval 1 --kl_samples 2 --threads 1".split(), *more]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_resumes_to_the_same_result(how, files, tmp_path):
+    """Weights and metrics equal those of the run that nobody stopped, bit for bit."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT}
+    subprocess.run(command(files, whole), check=True, **quiet)
+    process = subprocess.Popen(command(files, stopped), **quiet)
+    metrics = stopped / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 9) and time.time() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, how)
+    status = process.wait()
+    assert status in ((-9,) if how == signal.SIGKILL else (128 + how,))
+    subprocess.run(command(files, stopped, "--resume"), check=True, **quiet)
+    assert without_rates(metrics) == without_rates(whole / "metrics.jsonl")
+    a, b = (train.load_checkpoint(out) for out in (whole, stopped))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert a["step"] == b["step"] == 40
+
+
+def test_a_run_is_not_overwritten_by_accident(files, tmp_path, capsys):
+    assert preference("dpo", files, tmp_path / "run") == 0
+    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    assert preference("dpo", files, tmp_path / "run") == 2
+    assert "--resume, --overwrite or another --out" in capsys.readouterr().err
+    assert preference("dpo", files, tmp_path / "run", "--resume", "--beta_pi", "0.2") == 2
+    assert "another --beta_pi" in capsys.readouterr().err
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+    assert preference("dpo", files, tmp_path / "run", "--overwrite") == 0
+
+
+# ------------------------------------------------------------------------------
+# Mistakes: one sentence, exit status 2, no folder left
+
+
+def mistake(argv: list[str], capsys) -> str:
+    """Run train.main on a wrong command line; the one line it says."""
+    try:
+        status = train.main(argv)
+    except SystemExit as exit:
+        status = exit.code
+    said = capsys.readouterr().err.strip()
+    assert status == 2
+    assert "\n" not in said
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (None, "cannot read"),
+        ("", "the file is empty"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n', ":2: broken JSON"),
+        ('{"question": "a"}', ":1: fields ['question'] fit none of the formats"),
+        (
+            '{"prompt": "a", "completions": ["b", "c"], "rewards": [1]}',
+            "2 completions but 1 rewards",
+        ),
+        (
+            '{"prompt": "a", "completions": ["b", "c"], "rewards": [1, NaN]}',
+            "finite number, got NaN",
+        ),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "nothing usable (0 of 1 rows usable"),
+        ('{"prompt": "a"}', "expected preference pairs or completions with rewards"),
+    ],
+)
+def test_wrong_data_is_named_with_file_and_line(rows, said, files, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    if rows is not None:
+        file.write_text(rows)
+    out = tmp_path / "run"
+    argv = ["exo", "--data", str(file), "--init", files["sft"], "--out", str(out)]
+    message = mistake(argv, capsys)
+    assert said in message
+    assert str(file) in message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["exa"], "invalid choice: 'exa'"),
+        (["sft", "--lr", "1"], "unrecognized arguments: --lr 1"),
+        (["sft"], "sft needs --data"),
+        (["exo", "--data", "PAIRS"], "exo needs --init"),
+        (["exo", "--data", "PAIRS", "--init", "nowhere"], "no checkpoint at nowhere"),
+        (["exo", "--data", "PAIRS", "--init", "PAIRS"], "cannot read the checkpoint"),
+        (["exo", "--data", "PAIRS", "--init", "SFT", "--label_smoothing", "0"], "infinite"),
+        (["dpo", "--data", "PAIRS", "--init", "SFT", "--label_smoothing", "0.5"], "eps < 0.5"),
+        (["dpo", "--data", "PAIRS", "--init", "SFT", "--loss", "kto"], "unknown --loss 'kto'"),
+        (["dpo", "--data", "PAIRS", "--init", "SFT", "--beta_pi", "0"], "above 0, got 0.0"),
+        (["dpo", "--data", "PAIRS", "--init", "SFT", "--beta_pi", "nan"], "finite number"),
+        (["dpo", "--data", "PAIRS", "--init", "SFT", "--n_embd", "32"], "disagrees with --init"),
+        (["dpo", "--data", "PAIRS", "--init", "SFT", "--encoding", "gpt2"], "disagrees with"),
+        (["dpo", "--data", "PAIRS", "--init", "SFT", "--device", "tpu"], "is not there"),
+        (["sft", "--data", "PAIRS", "--n_embd", "10", "--n_head", "3"], "must be divisible by"),
+        (["sft", "--data", "PAIRS", "--encoding", "klingon"], "unknown encoding 'klingon'"),
+        (["sft", "--data", "PAIRS", "--epochs", "1", "--max_iters", "2"], "not both"),
+        (["sft", "--data", "PAIRS", "--batch_size", "0"], "--batch_size must be at least 1"),
+        (["sft", "--data", "PAIRS", "--resume"], "holds no run with a checkpoint"),
+    ],
+)
+def test_each_wrong_setting_gets_one_sentence(argv, said, files, tmp_path, capsys):
+    out = tmp_path / "run"
+    names = {"PAIRS": files["pairs"], "SFT": files["sft"]}
+    assert said in mistake([names.get(a, a) for a in argv] + ["--out", str(out)], capsys)
+    assert not out.exists()
+
+
+def test_a_checkpoint_from_another_vocabulary_is_refused(files, tmp_path, capsys):
+    """Ids of one tokenizer mean nothing to a model of another."""
+    ckpt = dict(train.load_checkpoint(files["sft"]))
+    ckpt["config"] = ckpt["config"] | {"vocab_size": 300}
+    ckpt["model"] = GPT(GPTConfig(**ckpt["config"])).state_dict()
+    torch.save(ckpt, tmp_path / "other.pt")
+    argv = ["exo", "--data", files["pairs"], "--init", str(tmp_path / "other.pt")]
+    said = mistake([*argv, "--out", str(tmp_path / "run")], capsys)
+    assert "vocabulary of 300" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_needs_no_torch():
+    """--help answers at once: the settings stand above the slow imports."""
+    code = "import sys; sys.modules['torch'] = None; sys.argv = ['train.py', '--help']\n"
+    code += "import runpy; runpy.run_path('train.py', run_name='__main__')"
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "--label_smoothing" in done.stdout
+
+
+def test_every_setting_is_read_somewhere():
+    """A dead option is worse than none."""
+    source = (ROOT / "train.py").read_text().split("class Parser")[1]
+    rules = (ROOT / "train.py").read_text().split("class Parser")[0]
+    for name in train.Settings.__dataclass_fields__:
+        assert f"s.{name}" in source or f'"{name}"' in source or f"self.{name} =" in rules, name
+
+
+# ------------------------------------------------------------------------------
+# sample.py
+
+
+def test_samples_do_not_depend_on_batch_size(files, tmp_path):
+    texts = []
+    for size in ("1", "7"):
+        out = tmp_path / f"{size}.jsonl"
+        argv = [files["sft"], "--prompts", files["pairs"], "-n", "2", "--max_new_tokens", "6"]
+        assert sample.main([*argv, "--batch_size", size, "--out", str(out)]) == 0
+        texts.append(out.read_text())
+    assert texts[0] == texts[1]
+    rows = [json.loads(line) for line in texts[0].splitlines()]
+    assert len(rows) == 24
+    assert all(len(row["completions"]) == 2 for row in rows)
+
+
+def test_sample_prints_text_and_says_what_is_wrong(files, capsys):
+    argv = [files["sft"], "--prompt", "the cat", "--max_new_tokens", "5"]
+    assert sample.main(argv) == 0
+    assert capsys.readouterr().out.startswith("the cat")
+    assert sample.main([*argv, "--temperature", "-1"]) == 2
+    assert "temperature must be 0 or more" in capsys.readouterr().err
+    assert sample.main([files["sft"], "--max_new_tokens", "64"]) == 2
+    assert "leaves no room for a prompt" in capsys.readouterr().err
+    assert sample.main(["nowhere"]) == 2
+    assert "no checkpoint at nowhere" in capsys.readouterr().err
