@@ -20,7 +20,7 @@ import importlib
 import itertools
 import json
 import math
-import os
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,7 +75,7 @@ def load_function(name: str, flag: str):
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(f"{flag} {name}: {error}") from error
 
 
@@ -169,9 +169,7 @@ def parse_rewards(row: dict) -> Row:
 
 def checked(completions: list[str], distinct: int) -> list[str]:
     if len(set(completions)) < distinct:
-        raise Unusable(
-            "fewer than two distinct completions" if distinct == 2 else "nothing to score"
-        )
+        raise Unusable("fewer than two distinct completions")
     if not all(text.strip() for text in completions):
         raise Unusable("an empty completion")
     return completions
@@ -255,9 +253,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
     number = 1
     try:
         with (
-            gzip.open(path, "rt", encoding="utf-8")
+            gzip.open(path, "rt", encoding="utf-8-sig")
             if kind.endswith("gz")
-            else open(path, encoding="utf-8") as file
+            else open(path, encoding="utf-8-sig") as file
         ):
             if kind == ".txt":
                 yield str(path), {"text": file.read()}
@@ -277,8 +275,12 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
         ) from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: line {number} or later is not UTF-8 text") from error
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: damaged gzip file ({error})") from error
+    except InputError:
+        raise
+    except (RecursionError, ValueError) as error:  # too deep, or a number of too many digits
+        raise InputError(f"{path}:{number}: broken JSON, {error}") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -440,13 +442,15 @@ def read_groups(
     chosen, or the one with the highest reward; running text in blocks), `prompt` (K = 0). Raises
     InputError for a file or row that cannot be read, or if nothing is usable.
     """
+    if block_size < 2:
+        raise InputError(f"block_size must be at least 2, got {block_size}")
     report = Report()
     builder = Builder(block_size, encoding.eot_token, report)
     rows = (row for _, row in read_files(paths, use, report))
     text = []  # running text, for blocks
     for batch in iter(lambda: list(itertools.islice(rows, 4096)), []):
         flat = [t for row in batch for t in [row.prompt or "", *row.completions]]
-        ids = iter(encoding.encode_ordinary_batch(flat, num_threads=os.cpu_count() or 1))
+        ids = map(encoding.encode_ordinary, flat)
         for row in batch:
             prompt, completions = next(ids), [next(ids) for _ in row.completions]
             if use == "prompt":

@@ -8,23 +8,26 @@ For one prompt x there are K completions y_1..y_K. Over these K items we compare
           or (1 - eps, eps) for a pair labelled by a person         the label's, p_rh in the paper
 
     EXO minimises KL(q || p): put mass only where the target has some. It seeks modes.
-    DPO minimises KL(p || q): put mass wherever the target has some.   It covers the mean.
+    DPO minimises KL(p || q): put mass wherever the target has some.   It covers the mass.
 
 Two losses times two targets are the paper's four methods: exo-rw, exo-pref, dpo-rw, dpo-pref.
 
 Why the order matters: alignment maximises J(pi) = E_pi[r] - beta KL(pi || sft). Its optimum is pi*
 = sft * exp(r / beta) / Z, and J(pi*) - J(pi) = beta KL(pi || pi*), so the *reverse* KL is the
-objective itself. With many completions EXO's gradient tends to that of KL(pi || pi*), DPO's to that
-of KL(pi* || pi), with an error of order 1/K (tests/test_theory.py measures it). If the policy class
-contains pi*, both losses have the same minimiser at every K; they part ways when it does not.
+objective itself. With rewards as the target and many completions EXO's gradient tends to that of
+KL(pi || pi*) and DPO's to that of KL(pi* || pi) (at beta_pi = 1; else pi^{beta_pi} stands for pi),
+with an error of order 1/K that tests/test_theory.py measures. A policy class that contains pi*, at
+beta = beta_r * beta_pi, has the same minimiser under both at every K >= 2; they part ways when it
+does not. So has dpo-pref at eps = 0 with Bradley-Terry labels; exo-pref has not: there eps sets the
+temperature.
 
 Every tensor is (B, K): B prompts, K completions each. `logps` are log pi(y|x) summed over the
 tokens of y. A group with fewer than K completions is padded, and `mask` (B, K), bool, is True where
 a completion exists. *Absent* (mask False) is not *impossible* (log p = -inf): an absent completion
 is in neither softmax; an impossible one is in both, and the target gives it probability 0.
 
-Choices that are ours: p is normalised (the official code's pair target is not always), groups are a
-tensor axis and not a loop, the loss is a mean over the groups that hold something.
+Choices that are ours: p is always normalised over the present completions, groups are a tensor axis
+and not a loop, the loss is a mean over the groups that hold something.
 Nothing here is random, and nothing is written in place.
 """
 
@@ -47,7 +50,9 @@ def masked_log_softmax(x: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is None:
         return F.log_softmax(x, dim=-1)
     x = x.masked_fill(~mask, -torch.inf)
-    x = x.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)  # nothing present: keep 0 / 0 away
+    x = x.masked_fill(
+        ~mask.any(dim=-1, keepdim=True), 0.0
+    )  # nothing present: no 0 / 0, not even in the backward pass
     return F.log_softmax(x, dim=-1).masked_fill(~mask, 0.0)
 
 
@@ -89,6 +94,7 @@ def policy_and_target(
     * beta_pi)) / Z.
     """
     _check_positive("beta_pi", beta_pi)
+    assert mask is None or mask.shape == policy_logps.shape
     log_q = masked_log_softmax(beta_pi * (policy_logps - ref_logps.to(policy_logps)), mask)
     log_p = masked_log_softmax(log_target.to(policy_logps).expand_as(policy_logps), mask)
     return log_q, log_p
@@ -104,8 +110,8 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     Inputs are log-probabilities (..., N); +inf where b is 0 and a is not. The experiments use it
     over all completions, the losses over the K of a group.
     """
-    difference = torch.where(log_a == -torch.inf, 0.0, log_a - log_b)
-    return (log_a.exp() * difference).sum(dim=-1)
+    a = log_a.exp()
+    return (a * torch.where(a == 0, 0.0, log_a - log_b)).sum(dim=-1)
 
 
 def entropy(log_a: Tensor) -> Tensor:
@@ -183,7 +189,7 @@ def on_policy_ref(ref_logps: Tensor, snapshot_logps: Tensor, beta_pi: float = 1.
     pi^{beta_pi} is sft * (pi / sft)^{beta_pi}, so the log-weights are
     beta_pi log pi + (1 - beta_pi) log sft - log rho = beta_pi (log pi - what is returned here).
     """
-    return (snapshot_logps - (1 - beta_pi) * ref_logps) / beta_pi
+    return (snapshot_logps.detach() - (1 - beta_pi) * ref_logps) / beta_pi
 
 
 def on_policy_target(
@@ -201,7 +207,7 @@ def on_policy_target(
     mean as its baseline. A stale rho brings back a bias of order 1/K. With beta_pi = 1 set beta_r
     to the offline beta_r * beta_pi for the same optimum.
     """
-    return reward_target(rewards + beta_r * (ref_logps - snapshot_logps), beta_r, mask)
+    return reward_target(rewards + beta_r * (ref_logps - snapshot_logps.detach()), beta_r, mask)
 
 
 # ------------------------------------------------------------------------------

@@ -328,10 +328,10 @@ def draw(
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    cdf = (logits - logits.amax(dim=-1, keepdim=True)).exp().cumsum(dim=-1)
+    cdf = logits.exp().cumsum(dim=-1)
     total = cdf[:, -1:].contiguous()
     idx = torch.searchsorted(cdf, uniform[:, None].to(cdf) * total, right=True)
     last = torch.searchsorted(

@@ -83,7 +83,7 @@ def test_sft_learns_and_leaves_a_whole_run_folder(files):
 
 @pytest.mark.parametrize(("stage", "start"), [("exo", 2.7612), ("dpo", np.log(2))])
 def test_preference_starts_where_policy_equals_reference(stage, start, files, tmp_path):
-    """The first evaluation is known by hand: uniform q, coin-toss accuracy, no distance from sft."""
+    """The first evaluation is known by hand: uniform q, a coin toss, no distance from sft."""
     assert preference(stage, files, tmp_path / "run") == 0
     first, *_, last = records(tmp_path / "run", "eval")
     assert first["loss"] == pytest.approx(start, abs=1e-3)
