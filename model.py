@@ -83,9 +83,10 @@ class Tree:
         """qkv (L, 3C) of one layer -> y (L, C)."""
         if self.cells is not None:
             qkv = _Move.apply(qkv, self.cells, self.home)
-        out, past, start = [], None, 0
-        for (rows, time), mask in zip(self.shapes, self.masks, strict=True):
-            level = qkv[start : start + rows * time].view(rows, time, 3, self.n_head, -1)
+        out, past = [], None
+        levels = qkv.split([rows * time for rows, time in self.shapes])
+        for level, (rows, time), mask in zip(levels, self.shapes, self.masks, strict=True):
+            level = level.view(rows, time, 3, self.n_head, -1)
             q, k, v = level.permute(2, 0, 3, 1, 4)  # (rows, n_head, time, head size) each
             if past is None:
                 y = F.scaled_dot_product_attention(
@@ -99,7 +100,7 @@ class Tree:
                 if mask is None and time > 1:
                     mask = causal_mask(time, k.size(2), q.device)
                 y = F.scaled_dot_product_attention(q, k, v, mask)
-            past, start = (k, v), start + rows * time
+            past = k, v
             out.append(y.transpose(1, 2).reshape(rows * time, -1))
         y = torch.cat(out) if len(out) > 1 else out[0]
         return y if self.cells is None else _Move.apply(y, self.home, self.cells)
@@ -385,7 +386,7 @@ def packed_hidden(gpt: GPT, batch) -> Tensor:
     return gpt.hidden(batch.idx, batch.pos, tree)[len(batch.idx) - len(batch.targets) :]
 
 
-CHUNK = 2**22  # logits held at once, in numbers: 16 MB in float32
+CHUNK = {"cpu": 2**21, "cuda": 2**26}  # logits held at once: in a CPU's cache, or a GPU's 256 MB
 
 
 def token_logps(x: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -396,48 +397,64 @@ def token_logps(x: Tensor, weight: Tensor, targets: Tensor, temperature: float =
     autograd.
     """
     dtype = compute_dtype(weight)
+    x = x if temperature == 1 else x / temperature  # C numbers a row instead of V
     x, weight = x.to(dtype), weight.to(dtype)
-    if len(targets) * len(weight) <= CHUNK:
-        return _logps(F.linear(x, weight), targets, temperature)[0]
-    return ChunkedLogps.apply(x, weight, targets, temperature)
+    if len(targets) * len(weight) > chunk_size(x.device):
+        return ChunkedLogps.apply(x, weight, targets)
+    logits = F.linear(x, weight)
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)
 
 
-def _logps(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probs of the targets, logits / temperature, their logsumexp), in float32 at least."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    lse = logits.logsumexp(dim=-1)
-    return logits.gather(-1, targets[:, None])[:, 0] - lse, logits, lse
+def chunk_size(device: torch.device) -> int:
+    return CHUNK.get(device.type, CHUNK["cpu"])
 
 
 class ChunkedLogps(torch.autograd.Function):
-    """token_logps in chunks of rows: the forward pass keeps only each row's logsumexp, the backward
-    pass computes the logits again. Inputs come in the autocast dtype already, so both passes use
-    it."""
+    """token_logps by parts of the vocabulary, one after the other in the same small buffer: the
+    forward pass keeps each row's logsumexp (updated part by part), the backward pass computes the
+    logits again and writes each part of W's gradient once. Inputs come in autocast's dtype already,
+    so both passes multiply in it; sums are float32 at least."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        rows = max(1, CHUNK // len(weight))
-        parts = [
-            _logps(F.linear(xc, weight), tc, temperature)
-            for xc, tc in zip(x.split(rows), targets.split(rows), strict=True)
-        ]
-        ctx.save_for_backward(x, weight, targets, torch.cat([lse for _, _, lse in parts]))
-        ctx.temperature = temperature
-        return torch.cat([logps for logps, _, _ in parts])
+    def parts(x: Tensor, weight: Tensor, targets: Tensor):
+        """(part of the vocabulary, logits (S, words) in float32 at least, column of each row's
+        target, whether the target is in this part)."""
+        words = min(max(1, chunk_size(x.device) // len(x)), len(weight))
+        buffer = x.new_empty(len(x) * words)
+        for start in range(0, len(weight), words):
+            part = slice(start, min(start + words, len(weight)))
+            n = part.stop - start
+            logits = torch.mm(x, weight[part].T, out=buffer[: len(x) * n].view(len(x), n))
+            column = targets - start
+            inside = (column >= 0) & (column < n)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            yield part, logits.to(wide), column.clamp(0, n - 1)[:, None], inside[:, None]
 
     @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        top = x.new_full((len(x), 1), -torch.inf, dtype=wide)  # largest logit so far
+        total, picked = torch.zeros_like(top), torch.zeros_like(top)  # sum of exp(logit - top)
+        for _, logits, column, inside in ChunkedLogps.parts(x, weight, targets):
+            picked = torch.where(inside, logits.gather(1, column), picked)
+            before, top = top, torch.maximum(top, logits.amax(dim=1, keepdim=True))
+            total = total * (before - top).exp() + logits.sub_(top).exp_().sum(1, keepdim=True)
+        lse = top + total.log()
+        ctx.save_for_backward(x, weight, targets, lse)
+        return (picked - lse)[:, 0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, targets, lse = ctx.saved_tensors
-        rows = max(1, CHUNK // len(weight))
-        dx = torch.empty_like(x)
-        dw = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
-        for start in range(0, len(x), rows):
-            chunk = slice(start, start + rows)
-            _, logits, _ = _logps(F.linear(x[chunk], weight), targets[chunk], ctx.temperature)
+        grad = grad[:, None]
+        gx, dw = (grad * x).to(x.dtype), torch.empty_like(weight)
+        dx = torch.zeros(x.shape, dtype=lse.dtype, device=x.device)
+        for part, logits, column, inside in ChunkedLogps.parts(x, weight, targets):
             # d logp / d logits = onehot(target) - softmax
-            d = (logits - lse[chunk, None]).exp_().mul_(-grad[chunk, None])
-            d.scatter_add_(1, targets[chunk, None], grad[chunk, None])
-            d = d.div_(ctx.temperature).to(x.dtype)
-            dx[chunk] = d @ weight
-            dw += d.T @ x[chunk]
-        return dx, dw.to(weight.dtype), None, None
+            d = logits.sub_(lse).exp_().scatter_add_(1, column, -inside.to(lse.dtype))
+            d = d.to(x.dtype)
+            dx -= d @ weight[part]
+            torch.mm(d.T, gx, out=dw[part])
+        return (dx * grad).to(x.dtype), dw.neg_(), None

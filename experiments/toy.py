@@ -5,23 +5,11 @@ a number.
     python -m experiments.toy            both worlds in a minute: table, results.json, figures
     python -m experiments.toy --sweep    and curves: over K, the frontier over beta, over n_embd
 
-A world is a reward over all V^T completions of one prompt, token 0. The optimum
-pi* = sft exp(r / beta) / Z is known, and so are KL(pi || pi*), KL(pi* || pi), J and E[r] of every
-policy: sums in float64, not estimates. The strings are enumerated by the prefix mechanism with
-branching factor V (585 positions for 8^4). All fits, methods x seeds, train at once on an ensemble
-axis, by vmap over stacked weights.
-
-*The numbers*: 8 tokens, length 4, 12 random codewords; sft fitted to a noisy channel (each token
-corrupted with probability 0.4), the reward minus the Hamming distance to the nearest codeword.
-
-*The picture*: 2 tokens of 32, so a policy is a 32 x 32 image; sft fitted to six wide Gaussians, the
-reward likes six narrow ones. n_embd is 3, the smallest that shows the point honestly. Over two
-features the final LayerNorm emits only two points, so the second token knows one bit of the first,
-and as head and embedding are one and the same at all positions, the first token's marginal must
-*be* one of the two conditionals: sft is then often a symmetric product, and all methods stay caught
-near it (EXO's one spot may lie where pi* has nothing). Over three features LayerNorm emits an
-ellipse: a one-parameter family of conditionals, too few for pi*, enough to try. With 4 everyone all
-but reaches pi*, and there is nothing to see.
+A world (toy_worlds.py) is a reward over all V^T completions of one prompt: 8^4 strings of the
+*numbers*, 32^2 pixels of the *picture*. The optimum pi* = sft exp(r / beta) / Z is known, and so
+are KL(pi || pi*), KL(pi* || pi), J and E[r] of every policy: sums in float64, not estimates. All
+fits, methods x seeds, train at once on an ensemble axis, by vmap over stacked weights. This file
+fits and tells; toy_sweep.py fits for the curves, toy_figures.py draws what both have written.
 
 What the words mean, and what is simplified:
 - `reverse-kl` and `forward-kl` descend the *exact* KL, with the optimizer and as many steps as all
@@ -38,7 +26,6 @@ What the words mean, and what is simplified:
 """
 
 import argparse
-import itertools
 import json
 import math
 import platform
@@ -49,8 +36,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -65,31 +50,20 @@ from exo import (
     preference_target,
     reward_target,
 )
-from model import GPT, GPTConfig, Tree
-
-CODEWORDS, CORRUPTION = 12, 0.4  # of the numbers world
-BUMPS = 6  # of the picture world
-LABEL_SMOOTHING = {"exo-pref": 1 / (1 + math.exp(2)), "dpo-pref": 0.0}  # see the top of the file
-
-
-@dataclass(frozen=True)
-class Config:
-    vocab_size: int = 8  # V
-    length: int = 4  # T; V^T completions are enumerated
-    n_embd: int = 4  # of sft and policies: one layer, one head
-    beta: float = 0.4  # of J = E[r] - beta KL(pi || sft)
-    steps: int = 500  # of Adam with betas (0.9, 0.99)
-    learning_rate: float = 2e-2  # falls to 0 along a cosine
-    warmup: int = 20
-    draws: int = 4096  # completions a step, whatever K
-    starts: int = 2  # of the exact fits: sft's weights, then copies with noise
-    noise: float = 0.1  # its standard deviation; 0.3 and fresh weights end far worse
-
-
-NUMBERS = Config()
-PICTURE = Config(
-    vocab_size=32, length=2, n_embd=3, beta=0.5, steps=500, learning_rate=1e-2, draws=1024, starts=2
+from experiments.toy_worlds import (
+    NUMBERS,
+    PICTURE,
+    Config,
+    Space,
+    World,
+    code_world,
+    draw,
+    generator,
+    optimum,
+    picture_world,
 )
+
+LABEL_SMOOTHING = {"exo-pref": 1 / (1 + math.exp(2)), "dpo-pref": 0.0}  # see the top of the file
 
 
 @dataclass(frozen=True)
@@ -100,105 +74,6 @@ class Arm:
     K: int | None = None
     beta: float = NUMBERS.beta
     start: int = 0
-
-
-# --------------------------------------------------------------------------------------------------
-# All completions of one prompt at once, for many models at once
-
-
-class Space(nn.Module):
-    """A tiny GPT and the tree of all V^T strings after token 0. Called: logits (L, V), inner nodes.
-
-    Level t = 0..T-1: the V^t prefixes of length t, last token fastest; each sees its ancestors.
-    """
-
-    def __init__(self, config: Config):
-        super().__init__()
-        V, T = config.vocab_size, config.length
-        self.gpt = GPT(GPTConfig(T, V, n_layer=1, n_head=1, n_embd=config.n_embd))
-        self.sizes = [V**t for t in range(T)]
-        root = torch.zeros(1, dtype=torch.long)
-        self.idx = torch.cat([root, *(torch.arange(V).repeat(n) for n in self.sizes[:-1])])
-        self.pos = torch.arange(T).repeat_interleave(torch.tensor(self.sizes))
-        self.tree = Tree(n_head=1, shapes=[(n, 1) for n in self.sizes])
-
-    def forward(self) -> Tensor:
-        return self.gpt.head(self.gpt.hidden(self.idx, self.pos, self.tree))
-
-    def weights(self, generators: list[torch.Generator]) -> dict[str, Tensor]:
-        """Fresh weights of M models, stacked along axis 0: {name: (M, ...)}."""
-        models = [GPT(self.gpt.config, generator) for generator in generators]
-        stacked, _ = torch.func.stack_module_state(models)
-        return {f"gpt.{name}": p.detach() for name, p in stacked.items()}
-
-    def logps(self, weights: dict[str, Tensor]) -> Tensor:
-        """log pi of every completion, (M, V^T), last token fastest."""
-        logits = torch.vmap(lambda w: torch.func.functional_call(self, w, ()))(weights)  # (M, L, V)
-        # with V = 8 numbers a row, a softmax along the last axis would be 8 times slower
-        levels = F.log_softmax(logits.transpose(1, 2).contiguous(), dim=1).transpose(1, 2)
-        logps = logits.new_zeros(len(logits), 1)
-        for level in levels.split(self.sizes, dim=1):  # (M, V^t, V)
-            logps = (logps[:, :, None] + level).flatten(1)
-        return logps
-
-    @torch.no_grad()
-    def exact(self, weights: dict[str, Tensor]) -> Tensor:
-        """logps in float64."""
-        return self.logps({name: w.double() for name, w in weights.items()})
-
-
-def draw(logps: Tensor, uniform: Tensor) -> Tensor:
-    """Completions by inverse CDF: log-probs (S, N), uniforms (S, n) in [0, 1) -> indices (S, n)."""
-    cdf = logps.exp().cumsum(dim=-1)
-    y = torch.searchsorted(cdf, uniform.to(cdf) * cdf[:, -1:], right=True)
-    return y.clamp(max=logps.size(-1) - 1)
-
-
-# --------------------------------------------------------------------------------------------------
-# The worlds. A seed fixes the world, the weights and the draws, each from a generator of its own
-
-
-def generator(seed: int, purpose: str) -> torch.Generator:
-    return torch.Generator().manual_seed(
-        seed + 1_000_003 * ("world", "weights", "noise", "draws").index(purpose)
-    )
-
-
-class World(NamedTuple):
-    """Over all N completions, float64; several worlds are stacked along a leading axis S."""
-
-    reward: Tensor  # (N,)
-    log_data: Tensor  # (N,) what sft is fitted to
-    distance: Tensor  # (N,) tokens to the nearest codeword; zeros in the picture
-    centres: Tensor  # (12, T) codewords, or (6, 2) bump centres
-
-
-def code_world(seed: int, config: Config) -> World:
-    V, T = config.vocab_size, config.length
-    shape = (V,) * T
-    every = torch.stack(torch.unravel_index(torch.arange(V**T), shape), dim=-1)  # (N, T)
-    codewords = every[torch.randperm(V**T, generator=generator(seed, "world"))[:CODEWORDS]]
-    wrong = (every[:, None] != codewords).sum(dim=-1).double()  # (N, 12) corrupted tokens
-    log_channel = (T - wrong) * math.log(1 - CORRUPTION) + wrong * math.log(CORRUPTION / (V - 1))
-    log_data = log_channel.logsumexp(dim=-1) - math.log(len(codewords))
-    distance = wrong.amin(dim=-1)
-    return World(-distance, log_data, distance, codewords)
-
-
-def picture_world(seed: int, config: Config) -> World:
-    V = config.vocab_size
-    uniform = torch.rand(BUMPS, 2, generator=generator(seed, "world"), dtype=torch.float64)
-    centres = 3 + uniform * (V - 1 - 6)  # at least 3 from the border
-    pixel = torch.cartesian_prod(torch.arange(V), torch.arange(V)).double()  # (N, 2) row, column
-    square = (pixel[:, None] - centres).square().sum(dim=-1)
-    log_data = (-square / (2 * 4.0**2)).logsumexp(dim=-1).log_softmax(dim=-1)
-    reward = (-square / (2 * 1.5**2)).logsumexp(dim=-1).clamp(min=-6)
-    return World(reward, log_data, torch.zeros(V * V), centres)
-
-
-def optimum(log_sft: Tensor, reward: Tensor, beta: float) -> Tensor:
-    """log pi* = log sft + r / beta - log Z over the last axis."""
-    return (log_sft + reward / beta).log_softmax(dim=-1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -429,8 +304,6 @@ def merge(parts: list[tuple[list, list]]) -> tuple[list, list]:
 # --------------------------------------------------------------------------------------------------
 # World 1: the picture
 
-PANELS = ["sft", "pi-star", "reverse-kl", "forward-kl", "exo-rw", "dpo-rw"]
-
 
 def fit_picture(config: Config, seed: int = 0) -> dict:
     """-> {"seed", "centres", "beta", "panels": {method: {"K", both KLs, "logps": [V * V]}}}."""
@@ -463,7 +336,7 @@ def fit_picture(config: Config, seed: int = 0) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# Telling: a table, JSON, figures
+# Telling: a table and JSON
 
 COLUMNS = {
     "reverse_kl": "KL(pi||pi*)",
@@ -528,338 +401,6 @@ def write_json(path: Path, content: dict) -> None:
     temporary.replace(path)
 
 
-INK, GREY = "#222222", "#8a8a8a"
-COLORS = {"exo": "#d1495b", "dpo": "#2e6f9e", "reverse": "#e8a5ae", "forward": "#9cc3de"}
-
-
-def color(method: str) -> str:
-    return COLORS.get(method.split("-")[0], GREY)
-
-
-def pyplot():
-    """matplotlib.pyplot with our taste, or None and one line of advice."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("No figures: `pip install matplotlib` and run again. The numbers are complete.")
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {
-            "font.size": 11,
-            "text.color": INK,
-            "axes.labelcolor": INK,
-            "axes.edgecolor": GREY,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "xtick.color": INK,
-            "ytick.color": INK,
-            "legend.frameon": False,
-            "savefig.dpi": 160,
-        }
-    )
-    return plt
-
-
-def draw_picture(plt, picture: dict, path: Path) -> None:
-    names = {
-        "sft": "sft",
-        "pi-star": "π*, the optimum",
-        "reverse-kl": "exact reverse KL",
-        "forward-kl": "exact forward KL",
-        "exo-rw": "EXO",
-        "dpo-rw": "DPO",
-    }
-    figure, axes = plt.subplots(1, 6, figsize=(15, 3.75))
-    figure.subplots_adjust(left=0.008, right=0.992, top=0.87, bottom=0.24, wspace=0.05)
-    top = math.exp(max(picture["panels"]["pi-star"]["logps"]) / 2)
-    for axis, name in zip(axes, PANELS, strict=True):
-        panel = picture["panels"][name]
-        root = np.exp(np.array(panel["logps"]) / 2)  # square root of pi: faint mass shows
-        side = math.isqrt(len(root))
-        limit = root.max() if name == "sft" else top
-        axis.imshow(root.reshape(side, side), cmap="magma", vmin=0, vmax=limit)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_visible(False)
-        K = f", K = {panel['K']}" if panel["K"] else ""
-        axis.set_title(names[name] + K, fontsize=15, pad=8, color=color(name) if K else INK)
-        text = f"KL(π‖π*)  {panel['reverse_kl']:.2f}\nKL(π*‖π)  {panel['forward_kl']:.2f}"
-        if name != "pi-star":
-            axis.set_xlabel(text, fontsize=12.5, labelpad=7, linespacing=1.35)
-    caption = (
-        "Every completion of two tokens from 32 is a pixel (row: first token, column: second). "
-        "Brightness: √π, on one scale but for sft. π* is out of this policy's reach."
-    )
-    figure.text(0.5, 0.035, caption, ha="center", fontsize=11, color="#666666")
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def finish(plt, figure, path: Path) -> None:
-    for axis in figure.axes:
-        axis.grid(alpha=0.25, axis="x" if axis.yaxis_inverted() else "both")
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def draw_numbers(plt, rows: list[dict], path: Path) -> None:
-    """Reverse and forward KL of every method, mean and standard error; small dots are seeds."""
-    methods = [m for m in by_method(rows) if m[0] not in ("sft", "pi-star")]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
-    for axis, name in zip(axes, ("reverse_kl", "forward_kl"), strict=True):
-        for y, (method, K) in enumerate(methods):
-            values = column(rows, method, K, name)
-            mean, se = mean_se(values)
-            axis.plot(values, [y] * len(values), ".", color=color(method), alpha=0.35, ms=5)
-            axis.errorbar(mean, y, xerr=se, fmt="o", color=color(method), ms=7, capsize=3)
-        axis.set_xlim(left=0)
-        axis.tick_params(axis="y", length=0)
-        axis.spines["left"].set_visible(False)
-    axes[0].set_yticks(
-        range(len(methods)), [f"{m}, K = {K}" if K else f"exact {m}" for m, K in methods]
-    )
-    axes[0].invert_yaxis()
-    axes[0].set_xlabel("reverse KL(π‖π*), nats")
-    axes[1].set_xlabel("forward KL(π*‖π), nats")
-    finish(plt, figure, path)
-
-
-# --------------------------------------------------------------------------------------------------
-# The sweep: curves behind the table. Each piece is saved as it comes
-
-
-SWEEP_K = (2, 4, 8, 16, 32, 64, 128, 256)
-SWEEP_BETA = (0.1, 0.15, 0.25, 0.32, 0.4, 0.5, 0.65, 1.0)
-SWEEP_WIDTH = (4, 8, 16, 32)
-MATCH_BETA = (0.4, 0.32, 0.25, 0.2, 0.15)  # where DPO looks for EXO's distance from sft
-MATCH_K = 64  # at K = 8 no beta_r takes DPO as far as EXO goes
-FRONTIER = [("exo-rw", 8), ("dpo-rw", 8), ("exo-rw", 64), ("dpo-rw", 64)]
-FRONTIER += [("exo-pref", 2), ("dpo-pref", 2), ("exo-online", 2)]
-
-
-def sweep_rows(config: Config, arms: list[Arm], seeds: int) -> list[dict]:
-    return merge(in_parallel(halves(config, arms, seeds)))[1]
-
-
-def sweep_group_size(config: Config, seeds: int) -> list[dict]:
-    methods = ("exo-rw", "dpo-rw", "exo-online")
-    sampled = [Arm(m, K, config.beta) for m in methods for K in SWEEP_K]
-    return sweep_rows(config, exact_arms(config.starts, config.beta) + sampled, seeds)
-
-
-def sweep_frontier(config: Config, seeds: int) -> list[dict]:
-    rows = []
-    for beta in SWEEP_BETA:
-        arms = exact_arms(config.starts, beta) + [Arm(m, K, beta) for m, K in FRONTIER]
-        rows += sweep_rows(config, arms, seeds)
-    return rows
-
-
-def sweep_width(config: Config, seeds: int) -> list[dict]:
-    """EXO at config.beta, DPO at several, exact and sampled; sft and policy of each width."""
-    rows = []
-    for n_embd in SWEEP_WIDTH:
-        arms = [Arm("reverse-kl", None, config.beta), Arm("exo-rw", MATCH_K, config.beta)]
-        for method, K in (("forward-kl", None), ("dpo-rw", MATCH_K)):
-            arms += [Arm(method, K, beta) for beta in MATCH_BETA]
-        fitted = sweep_rows(replace(config, n_embd=n_embd), arms, seeds)
-        rows += [{"n_embd": n_embd, **row} for row in fitted]
-    return rows
-
-
-def reward_at(rows: list[dict], kl_sft: float) -> float:
-    """E[r] where one seed's frontier over beta crosses a distance from sft; NaN if it does not."""
-    points = sorted((row["kl_sft"], row["reward"]) for row in rows)
-    x, y = zip(*points, strict=True)
-    return float(np.interp(kl_sft, x, y, left=math.nan, right=math.nan))
-
-
-def matched(rows: list[dict], method: str, K: int | None, kl_sft: float) -> dict[int, float]:
-    """{seed: E[r] at this distance}, only seeds whose frontier reaches it."""
-    own = [row for row in rows if (row["method"], row["K"]) == (method, K)]
-    seeds = sorted({row["seed"] for row in own})
-    values = {s: reward_at([row for row in own if row["seed"] == s], kl_sft) for s in seeds}
-    return {s: v for s, v in values.items() if not math.isnan(v)}
-
-
-def rival(method: str) -> str:
-    """Who has the KL the other way round, at the same K."""
-    return method.replace("exo", "dpo").replace("reverse", "forward")
-
-
-def matched_table(frontier: list[dict]) -> list[dict]:
-    """E[r] at equal KL(pi || sft) per method, over the seeds whose frontier gets there; for EXO
-    also its lead over DPO, paired over the seeds where both do."""
-    out = []
-    for kl_sft, (method, K) in itertools.product((0.5, 1.0, 1.5), by_method(frontier)):
-        if not (own := matched(frontier, method, K, kl_sft)):
-            continue
-        mean, se = mean_se(list(own.values()))
-        entry = {"kl_sft": kl_sft, "method": method, "K": K, "reward": mean, "se": se}
-        entry["seeds"] = len(own)
-        theirs = {} if rival(method) == method else matched(frontier, rival(method), K, kl_sft)
-        if leads := [own[s] - theirs[s] for s in sorted(own.keys() & theirs.keys())]:
-            entry["lead"], entry["lead_se"] = mean_se(leads)
-        out.append(entry)
-        lead = f", leads by {spell(leads, '+')}" if leads else ""
-        where = f"  KL(pi||sft) = {kl_sft}   {method:<11}{K or '':>3}"
-        print(f"{where}   E[r] {spell(list(own.values()))} ({len(own)} seeds){lead}")
-    return out
-
-
-def width_gaps(rows: list[dict]) -> list[dict]:
-    """E[r] of EXO minus E[r] of DPO at EXO's own KL(pi || sft), per seed and width."""
-    gaps = []
-    for row in rows:
-        if row["method"] in ("reverse-kl", "exo-rw"):
-            same = [r for r in rows if (r["n_embd"], r["seed"]) == (row["n_embd"], row["seed"])]
-            theirs = matched(same, rival(row["method"]), row["K"], row["kl_sft"])
-            gap = row["reward"] - theirs[row["seed"]] if theirs else None
-            keys = ("n_embd", "seed", "method", "kl_sft")
-            gaps.append({**{key: row[key] for key in keys}, "gap": gap})
-    return gaps
-
-
-def loss_curves() -> dict:
-    """Each loss of a pair and its gradient, against beta_pi * (log-ratio chosen - rejected)."""
-    margin = torch.arange(-200, 201, dtype=torch.float64) / 20
-    curves = {"margin": margin.tolist()}
-    for name, loss, smoothing in (("EXO", exo_loss, 1e-3), ("DPO", dpo_loss, 0.0)):
-        x = margin.clone().requires_grad_()
-        pair = torch.stack([x, torch.zeros_like(x)], dim=-1)
-        target = preference_target(smoothing)
-        values = torch.stack([loss(p[None], torch.zeros_like(p)[None], target) for p in pair])
-        (gradient,) = torch.autograd.grad(values.sum(), x)
-        curves[name] = {"loss": values.tolist(), "gradient": gradient.tolist(), "eps": smoothing}
-    return curves
-
-
-def sweep_all(out: Path, seeds: int, config: Config) -> dict:
-    pieces = {
-        "losses": loss_curves,
-        "group_size": lambda: sweep_group_size(config, seeds),
-        "frontier": lambda: sweep_frontier(config, seeds),
-        "width": lambda: sweep_width(config, min(seeds, 4)),
-    }
-    plt, done = pyplot(), {"config": asdict(config)}
-    for name, piece in pieces.items():
-        done[name] = piece()
-        if name == "frontier":
-            done["matched"] = matched_table(done[name])
-        if name == "width":
-            done["gaps"] = width_gaps(done[name])
-        write_json(out / "sweep.json", done)
-        if plt:
-            DRAW[name](plt, done, out / f"{name}.png")
-    return done
-
-
-def draw_losses(plt, done: dict, path: Path) -> None:
-    curves = done["losses"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
-    for name in ("EXO", "DPO"):
-        label = f"{name}, label smoothing {curves[name]['eps']:g}"
-        for axis, what in zip(axes, ("loss", "gradient"), strict=True):
-            axis.plot(
-                curves["margin"], curves[name][what], color=color(name.lower()), label=label, lw=2
-            )
-            axis.set_xlabel("margin of chosen over rejected, nats")
-            axis.set_ylabel(what)
-    axes[0].legend()
-    axes[1].annotate(
-        "confidently wrong:\nEXO's gradient\nvanishes, DPO's\nstays near -1",
-        (-9.7, -0.5),
-        va="center",
-        fontsize=10,
-        color="#666666",
-    )
-    finish(plt, figure, path)
-
-
-def draw_group_size(plt, done: dict, path: Path) -> None:
-    rows = done["group_size"]
-    figure, axis = plt.subplots(figsize=(7.5, 4.6))
-    for method, style in (("exo-rw", "o-"), ("dpo-rw", "o-"), ("exo-online", "s--")):
-        stats = [mean_se(column(rows, method, K, "reverse_kl")) for K in SWEEP_K]
-        mean, se = zip(*stats, strict=True)
-        axis.errorbar(
-            SWEEP_K, mean, yerr=se, fmt=style, color=color(method), label=method, capsize=2
-        )
-    for method in ("reverse-kl", "forward-kl"):
-        mean, _ = mean_se(column(rows, method, None, "reverse_kl"))
-        axis.axhline(mean, color=color(method), ls=":", lw=2, label=f"exact {method}")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(SWEEP_K, [str(K) for K in SWEEP_K])
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("K, completions per group (4,096 draws a step)")
-    axis.set_ylabel("reverse KL(π‖π*), nats")
-    axis.legend(ncols=2, fontsize=10)
-    finish(plt, figure, path)
-
-
-def draw_frontier(plt, done: dict, path: Path) -> None:
-    """Mean E[r] against mean KL over seeds, a point per beta."""
-    rows = done["frontier"]
-    figure, axis = plt.subplots(figsize=(8.5, 5.4))
-    styles = {8: "o-", 64: "s-", 2: "^--", None: ":"}
-    for method, K in by_method(rows):
-        if method == "sft":
-            continue
-        own = [row for row in rows if (row["method"], row["K"]) == (method, K)]
-        points = []
-        for beta in SWEEP_BETA:
-            at = [row for row in own if row["beta"] == beta]
-            points.append([np.mean([row[x] for row in at]) for x in ("kl_sft", "reward")])
-        x, y = zip(*points, strict=True)
-        label = method if K is None else f"{method}, K = {K}"
-        tone = INK if method == "pi-star" else color(method)
-        line = ":" if method in ("reverse-kl", "forward-kl") else styles[K].replace(":", "-")
-        fade = 0.6 if "pref" in method else 1.0
-        axis.plot(x, y, line, color=tone, label=label, ms=5, lw=1.6, alpha=fade)
-    axis.set_xlim(0, 2.6)
-    axis.set_xlabel("KL(π‖sft), nats")
-    axis.set_ylabel("E[r], minus the distance to the nearest codeword")
-    axis.legend(fontsize=9.5, ncols=2)
-    finish(plt, figure, path)
-
-
-def draw_width(plt, done: dict, path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(7.5, 4.2))
-    for method, label in (
-        ("reverse-kl", "exact reverse - exact forward"),
-        ("exo-rw", f"EXO - DPO, K = {MATCH_K}"),
-    ):
-        stats = []
-        for n_embd in SWEEP_WIDTH:
-            gaps = [
-                g["gap"] for g in done["gaps"] if (g["method"], g["n_embd"]) == (method, n_embd)
-            ]
-            stats.append(mean_se([g for g in gaps if g is not None] or [math.nan]))
-        mean, se = zip(*stats, strict=True)
-        axis.errorbar(
-            SWEEP_WIDTH, mean, yerr=se, fmt="o-", color=color(method), label=label, capsize=2
-        )
-    axis.axhline(0, color=GREY, lw=1)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(SWEEP_WIDTH, [str(n) for n in SWEEP_WIDTH])
-    axis.set_xlabel("n_embd of sft and policy")
-    axis.set_ylabel("gap in E[r] at EXO's KL(π‖sft)")
-    axis.legend()
-    finish(plt, figure, path)
-
-
-DRAW = {
-    "losses": draw_losses,
-    "group_size": draw_group_size,
-    "frontier": draw_frontier,
-    "width": draw_width,
-}
-
-
 # --------------------------------------------------------------------------------------------------
 # The command
 
@@ -872,6 +413,9 @@ def run(
     picture: Config = PICTURE,
 ) -> dict:
     """Both worlds into the folder `out` -> the content of results.json."""
+    # here, not at the top of the file: both are built on this one
+    from experiments import toy_figures, toy_sweep
+
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     out = Path(out)
@@ -890,11 +434,11 @@ def run(
     }
     write_json(out / "results.json", results)
     print(table(rows), comparisons(rows), sep="\n\n")
-    if plt := pyplot():
-        draw_picture(plt, image, out / "picture.png")
-        draw_numbers(plt, rows, out / "numbers.png")
+    if plt := toy_figures.pyplot():
+        toy_figures.draw_picture(plt, image, out / "picture.png")
+        toy_figures.draw_numbers(plt, rows, out / "numbers.png")
     if sweep:
-        sweep_all(out, seeds, numbers)
+        toy_sweep.sweep_all(out, seeds, numbers)
     print(f"\nWritten to {out}")
     return results
 

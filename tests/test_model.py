@@ -283,7 +283,7 @@ def test_scorer_equals_a_loop_where_prefixes_are_empty_and_in_float32(raw, round
 @pytest.mark.parametrize("rows", [1, 3])
 def test_scorer_through_the_chunked_head_equals_a_loop(rows, monkeypatch):
     """Real vocabularies take ChunkedLogps, small tests would never reach it."""
-    monkeypatch.setattr(model, "CHUNK", rows * V)
+    monkeypatch.setitem(model.CHUNK, "cpu", rows * V)
     check_scorer(RAGGED, 8, 0.7, torch.float64, 1e-10)
 
 
@@ -351,7 +351,7 @@ def test_chunked_logps_equal_plain_autograd(chunk, temperature, monkeypatch):
     x, weight, targets, grad = head_case()
     plain = (x @ weight.T / temperature).log_softmax(-1)[torch.arange(17), targets]
     expected = torch.autograd.grad(plain, (x, weight), grad)
-    monkeypatch.setattr(model, "CHUNK", chunk)
+    monkeypatch.setitem(model.CHUNK, "cpu", chunk)
     logps = token_logps(x, weight, targets, temperature)
     assert "ChunkedLogps" in type(logps.grad_fn).__name__
     assert far(logps, plain) < 1e-12
@@ -361,28 +361,33 @@ def test_chunked_logps_equal_plain_autograd(chunk, temperature, monkeypatch):
 
 def test_small_heads_use_plain_autograd_up_to_and_with_chunk(monkeypatch):
     x, weight, targets, _ = head_case()
-    monkeypatch.setattr(model, "CHUNK", 17 * V)
+    monkeypatch.setitem(model.CHUNK, "cpu", 17 * V)
     assert "ChunkedLogps" not in type(token_logps(x, weight, targets).grad_fn).__name__
 
 
 def test_chunked_logps_hold_at_most_chunk_logits_in_both_passes(monkeypatch):
     """The reason it exists; equal numbers would not show that memory is bounded."""
-    sizes, plain = [], model._logps
-    monkeypatch.setattr(model, "CHUNK", 4 * V + 3)
-    monkeypatch.setattr(
-        model, "_logps", lambda logits, *a: sizes.append(logits.numel()) or plain(logits, *a)
-    )
     x, weight, targets, grad = head_case()
+    sizes, mm = [], torch.mm
+    monkeypatch.setitem(model.CHUNK, "cpu", 4 * len(x) + 3)
+
+    def spy(a, b, out):
+        if a.shape == x.shape:  # features times a part of the vocabulary: logits
+            sizes.append(out.numel())
+        return mm(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", spy)
     logps = token_logps(x, weight, targets)
-    assert sizes == [4 * V] * 4 + [V]
+    parts = [4 * len(x)] * (V // 4) + [V % 4 * len(x)] * (V % 4 > 0)
+    assert sizes == parts
     logps.backward(grad)
-    assert sizes == ([4 * V] * 4 + [V]) * 2
+    assert sizes == parts * 2
 
 
 def test_gradcheck_of_chunked_logps(monkeypatch):
     """Numerical differentiation knows no formula at all."""
     x, weight, targets, _ = head_case(S=5)
-    monkeypatch.setattr(model, "CHUNK", 2 * V)
+    monkeypatch.setitem(model.CHUNK, "cpu", 2 * V)
     assert torch.autograd.gradcheck(
         lambda x, w: model.ChunkedLogps.apply(x, w, targets, 0.8), (x, weight)
     )
@@ -413,7 +418,7 @@ def test_head_under_bf16_autocast_multiplies_in_bf16_and_returns_float32(chunk, 
     plain = (x @ weight.T / 0.8).log_softmax(-1)[torch.arange(17), targets]
     expected = torch.autograd.grad(plain, (x, weight), grad.float())
     kinds, inner = [], model._logps
-    monkeypatch.setattr(model, "CHUNK", chunk)
+    monkeypatch.setitem(model.CHUNK, "cpu", chunk)
     monkeypatch.setattr(
         model, "_logps", lambda logits, *a: kinds.append(logits.dtype) or inner(logits, *a)
     )
@@ -436,7 +441,7 @@ def test_scorer_under_bf16_autocast_is_near_float32(monkeypatch):
     exact = Scorer(gpt)(batch)
     expected = torch.cat([g.flatten() for g in gradients(gpt, exact.sum())])
     for chunk in (2**22, 3 * V):
-        monkeypatch.setattr(model, "CHUNK", chunk)
+        monkeypatch.setitem(model.CHUNK, "cpu", chunk)
         with torch.autocast("cpu", torch.bfloat16):
             logps = Scorer(gpt)(batch)
         assert logps.dtype == torch.float32

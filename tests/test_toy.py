@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments import toy
+from experiments import toy, toy_figures, toy_sweep, toy_worlds
 from model import GPT
 
-TINY = toy.Config(vocab_size=3, length=3, n_embd=2, steps=3, draws=512, starts=2, warmup=2)
+TINY = toy_worlds.Config(vocab_size=3, length=3, n_embd=2, steps=3, draws=512, starts=2, warmup=2)
 TINY_PICTURE = replace(TINY, vocab_size=8, length=2)
 
 
@@ -34,7 +34,7 @@ def random_logps(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_enumeration_equals_reading_every_string():
     """Each string's log-prob, model by model, is what the GPT says that reads this string alone."""
-    space = toy.Space(TINY)
+    space = toy_worlds.Space(TINY)
     weights = space.weights([torch.Generator().manual_seed(seed) for seed in (0, 1)])
     weights = {name: 20 * w + 0.1 for name, w in weights.items()}  # far from uniform
     with toy.sdpa_kernel(toy.SDPBackend.MATH):
@@ -55,9 +55,9 @@ def test_enumeration_equals_reading_every_string():
 def test_code_world_is_the_noisy_channel():
     """Data and reward by a plain loop; probabilities add up to 1; the codewords are distinct."""
     config = replace(TINY, vocab_size=4)
-    world = toy.code_world(5, config)
+    world = toy_worlds.code_world(5, config)
     codewords = [tuple(c) for c in world.centres.tolist()]
-    assert len(set(codewords)) == toy.CODEWORDS
+    assert len(set(codewords)) == toy_worlds.CODEWORDS
     for i, string in enumerate(itertools.product(range(4), repeat=3)):
         chance = []
         for word in codewords:
@@ -67,12 +67,12 @@ def test_code_world_is_the_noisy_channel():
         wrong = [sum(a != b for a, b in zip(string, w, strict=True)) for w in codewords]
         assert min(wrong) == world.distance[i] == -world.reward[i]
     assert math.isclose(world.log_data.exp().sum().item(), 1.0, rel_tol=1e-9)
-    assert not torch.equal(world.centres, toy.code_world(6, config).centres)
+    assert not torch.equal(world.centres, toy_worlds.code_world(6, config).centres)
 
 
 def test_picture_world_has_its_bumps_where_it_says():
     """The reward is largest next to a centre, and never below -6; the row is the first token."""
-    world = toy.picture_world(0, toy.PICTURE)
+    world = toy_worlds.picture_world(0, toy_worlds.PICTURE)
     assert world.centres.shape == (6, 2)
     assert 3 <= world.centres.min() <= world.centres.max() <= 28
     assert world.reward.min() == -6
@@ -88,7 +88,7 @@ def test_columns_equal_plain_sums():
     """Every column of the table is the sum its name says."""
     log_pi, log_sft, log_star = (random_logps(1, 30, seed=s) for s in range(3))
     distance = torch.arange(30).remainder(4)[None].double()
-    world = toy.World(-distance, log_pi, distance, torch.zeros(0))
+    world = toy_worlds.World(-distance, log_pi, distance, torch.zeros(0))
     got = {k: v[0].tolist() for k, v in toy.metrics(log_pi, log_sft, log_star, world, 0.4).items()}
     a, s, b = (x[0].tolist() for x in (log_pi, log_sft, log_star))
     mass = [0.0, 0.0, 0.0]
@@ -113,7 +113,7 @@ def test_draws_follow_the_distribution():
     logps = torch.tensor([[0.5, 0.0, 0.3, 0.2, 0.0], [0.0, 0.1, 0.0, 0.0, 0.9]]).log()
     uniform = torch.rand(2, 20_000, generator=torch.Generator().manual_seed(0))
     uniform[:, 0], uniform[:, 1] = 0.0, 1 - 2**-24  # the ends of the interval
-    y = toy.draw(logps, uniform)
+    y = toy_worlds.draw(logps, uniform)
     for row, p in zip(y, logps.exp(), strict=True):
         share = torch.bincount(row, minlength=5) / len(row)
         assert (share[p == 0] == 0).all()
@@ -123,7 +123,7 @@ def test_draws_follow_the_distribution():
 def test_labels_are_bradley_terry():
     """The better of a pair is chosen with probability sigmoid(r1 - r2), and pairs stay pairs."""
     reward = torch.tensor([[0.0, -1.5]], dtype=torch.float64)
-    world = toy.World(reward, reward, reward, reward)
+    world = toy_worlds.World(reward, reward, reward, reward)
     log_sft = torch.tensor([[0.5, 0.5]], dtype=torch.float64).log()
     draws = toy.draw_step(world, log_sft, [torch.Generator().manual_seed(0)], 40_000)
     pairs, ranked = draws.y.view(-1, 2), draws.ranked.view(-1, 2)
@@ -135,8 +135,8 @@ def test_labels_are_bradley_terry():
 @pytest.mark.parametrize("arm", toy.numbers_arms(TINY), ids=lambda a: f"{a.method}-{a.K}-{a.start}")
 def test_an_ensemble_gives_each_model_its_own_gradient(arm):
     """Two seeds together have the gradients of each alone: no mean over models, no crosstalk."""
-    world = toy.World(
-        *map(torch.stack, zip(*(toy.code_world(s, TINY) for s in (0, 1)), strict=True))
+    world = toy_worlds.World(
+        *map(torch.stack, zip(*(toy_worlds.code_world(s, TINY) for s in (0, 1)), strict=True))
     )
     log_sft, log_pi = random_logps(2, 27, seed=1), random_logps(2, 27, seed=2)
     generators = [torch.Generator().manual_seed(s) for s in (0, 1)]
@@ -198,7 +198,7 @@ def test_results_have_the_promised_form(finished):
         assert set(row) == {"method", "K", "seed", "mass", *toy.COLUMNS}
         assert sum(row["mass"]) == pytest.approx(1)
         assert min(row["mass"]) >= 0
-    assert set(read["picture"]["panels"]) == set(toy.PANELS)
+    assert set(read["picture"]["panels"]) == set(toy_figures.PANELS)
 
 
 def test_J_falls_short_of_its_optimum_by_beta_reverse_kl(finished):
@@ -223,13 +223,15 @@ def test_the_table_and_the_sweep_are_written(finished):
     """Every piece of the sweep has its data, and its picture where matplotlib is installed."""
     out, results = finished
     sweep = json.loads((out / "sweep.json").read_text())
-    assert {*toy.DRAW, "matched", "gaps"} <= set(sweep)
-    assert {r["K"] for r in sweep["group_size"] if r["method"] == "dpo-rw"} == set(toy.SWEEP_K)
-    assert {r["beta"] for r in sweep["frontier"]} >= set(toy.SWEEP_BETA)
-    assert {r["n_embd"] for r in sweep["width"]} == set(toy.SWEEP_WIDTH)
+    assert {*toy_figures.DRAW, "matched", "gaps"} <= set(sweep)
+    assert {r["K"] for r in sweep["group_size"] if r["method"] == "dpo-rw"} == set(
+        toy_sweep.SWEEP_K
+    )
+    assert {r["beta"] for r in sweep["frontier"]} >= set(toy_sweep.SWEEP_BETA)
+    assert {r["n_embd"] for r in sweep["width"]} == set(toy_sweep.SWEEP_WIDTH)
     assert len(toy.table(results["rows"]).splitlines()) == 1 + 13
     pytest.importorskip("matplotlib")
-    for name in (*toy.DRAW, "picture", "numbers"):
+    for name in (*toy_figures.DRAW, "picture", "numbers"):
         assert (out / f"{name}.png").stat().st_size > 1000
 
 
@@ -237,13 +239,13 @@ def test_matched_kl_interpolates_and_never_extrapolates():
     """A frontier through (1, -2) and (3, -1) is -1.5 at KL 2, and nothing at KL 4."""
     points = [(3.0, -1.0), (1.0, -2.0)]
     rows = [{"method": "m", "K": 2, "seed": 7, "kl_sft": x, "reward": y} for x, y in points]
-    assert toy.matched(rows, "m", 2, 2.0) == {7: -1.5}
-    assert toy.matched(rows, "m", 2, 4.0) == {}
+    assert toy_sweep.matched(rows, "m", 2, 2.0) == {7: -1.5}
+    assert toy_sweep.matched(rows, "m", 2, 4.0) == {}
 
 
 def test_loss_curves():
     """log 2 and 2.7612 where nothing is known; confidently wrong, DPO pulls and EXO does not."""
-    curves = toy.loss_curves()
+    curves = toy_sweep.loss_curves()
     middle = curves["margin"].index(0.0)
     assert curves["DPO"]["loss"][middle] == pytest.approx(math.log(2))
     assert curves["EXO"]["loss"][middle] == pytest.approx(2.7612, abs=1e-4)
@@ -276,7 +278,7 @@ def test_matched_table_pairs_seeds(capsys):
     for method, seed, top in (("exo-rw", 0, 0.0), ("dpo-rw", 0, -0.5), ("exo-rw", 1, -0.1)):
         for x, y in ((0.0, -2.0), (1.0, top)):
             rows.append({"method": method, "K": 8, "seed": seed, "kl_sft": x, "reward": y})
-    exo, dpo = (e for e in toy.matched_table(rows) if e["kl_sft"] == 0.5)
+    exo, dpo = (e for e in toy_sweep.matched_table(rows) if e["kl_sft"] == 0.5)
     assert (exo["seeds"], dpo["seeds"]) == (2, 1)
     assert exo["lead"] == pytest.approx(-1.0 - -1.25)
     assert "lead" not in dpo
