@@ -639,7 +639,10 @@ def put(path: Path, write) -> None:
     """write(temporary path), then move it to `path`, which is thus never half written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors leaves a file that its owner alone can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -86,6 +86,7 @@ def test_round_trip_is_bit_equal(package, tmp_path, monkeypatch):
     gpt.save_pretrained(tmp_path / "hf", eot=60)
     name = "model.safetensors" if package else "pytorch_model.bin"
     assert {p.name for p in (tmp_path / "hf").iterdir()} == {"config.json", name}
+    assert len({p.stat().st_mode for p in (tmp_path / "hf").iterdir()}) == 1  # all may read both
     back = GPT.from_pretrained(tmp_path / "hf")
     assert same(gpt, back)
     assert all(p.requires_grad and p.is_contiguous() for p in back.parameters())
