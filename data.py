@@ -79,6 +79,60 @@ def load_function(name: str, flag: str):
         raise InputError(f"{flag} {name}: {error}") from error
 
 
+def hugging_face_tokenizer(encoding: tiktoken.Encoding, block_size: int) -> dict[str, str] | None:
+    """What AutoTokenizer needs to encode as `gpt2` does: {file name: text}; None for any other
+    encoding, for which transformers' GPT-2 tokenizer cuts text differently.
+
+    They agree on ordinary text; in `transformers` a literal <|endoftext|> becomes the special
+    token, here it stays text.
+    """
+    if encoding.name != "gpt2":
+        return None
+    ranks, letter = encoding._mergeable_ranks, byte_letters()
+
+    def spell(token: bytes) -> str:
+        return "".join(letter[b] for b in token)
+
+    special = encoding.decode([encoding.eot_token])
+    vocab = {spell(token): rank for token, rank in ranks.items()} | {special: encoding.eot_token}
+    merges = [" ".join(map(spell, pair)) for pair in recover_merges(ranks)]
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": block_size,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), special),
+    }
+    return {
+        "vocab.json": json.dumps(vocab, ensure_ascii=False) + "\n",
+        "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+    }
+
+
+def byte_letters() -> list[str]:
+    """GPT-2's printable letter for each byte: printable Latin-1 stands for itself, the others get
+    the letters from 256 on, in order."""
+    plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = itertools.count(256)
+    return [chr(b if b in plain else next(spare)) for b in range(256)]
+
+
+def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges that made a BPE vocabulary, in order: the last merge of each token joins the two
+    parts that the merges before it leave of its bytes."""
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            joined = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+            i = joined.index(min(joined))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
 # ------------------------------------------------------------------------------
 # Rows: what a line may be
 

@@ -18,8 +18,12 @@ predicts completion + [end of text]. Padding is on the right, positions are per 
 always sees at least itself.
 """
 
+import importlib.util
+import json
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -228,6 +232,24 @@ class GPT(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Features (..., C) -> logits (..., V)."""
         return F.linear(x, self.wte.weight)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, vocab_size: int | None = None) -> "GPT":
+        """A Hugging Face GPT-2 folder -> model in float32; no network, no `transformers`.
+
+        vocab_size keeps the first so many words of a padded vocabulary (None: all). Raises
+        ValueError with one sentence for a folder that is not GPT-2, computes something else, or
+        lacks tensors.
+        """
+        return load_pretrained(cls, Path(folder), vocab_size)
+
+    def save_pretrained(self, folder: str | Path, eot: int | None = None, **extra) -> None:
+        """Write config.json and the weights as `transformers` reads them.
+
+        eot: id of end-of-text. extra: more entries of config.json, which `transformers` keeps and
+        does not use. Raises OSError where the folder cannot be written.
+        """
+        write_pretrained(self, Path(folder), eot, extra)
 
     def forward(self, idx: Tensor) -> Tensor:
         """idx (B, T), T <= block_size -> logits (B, T, V), always. The plain way; training uses
@@ -458,3 +480,186 @@ class ChunkedLogps(torch.autograd.Function):
             dx -= d @ weight[part]
             torch.mm(d.T, gx, out=dw[part])
         return (dx * grad).to(x.dtype), dw.neg_(), None
+
+
+# ------------------------------------------------------------------------------
+# Hugging Face GPT-2 folders, in and out. Their tensor names are ours, save that some files put
+# "transformer." in front; their block matrices are stored input-first (Conv1D), ours output-first.
+
+WEIGHT_FILES = (  # in order of preference; an index names the shards
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+UNUSED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # causal masks, and wte once more
+SIZES = {  # ours: theirs
+    "block_size": "n_positions",
+    **{name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
+}
+COMPUTED = {  # what this GPT computes, the default first; a folder that says otherwise is refused
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+
+
+def read_object(path: Path) -> dict:
+    """A JSON object from a file. Raises ValueError with one sentence."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def pretrained_config(folder: Path) -> dict:
+    """config.json of a Hugging Face folder, refused (ValueError) unless this file computes that
+    model. Dropout rates and reorder_and_upcast_attn do not change what is computed."""
+    config = read_object(folder / "config.json")
+    kind = config.get("model_type")
+    if kind != "gpt2":
+        raise ValueError(f"{folder} is not GPT-2: config.json has model_type {json.dumps(kind)}")
+    for name, values in COMPUTED.items():
+        value = config.get(name, values[0])
+        if value not in values:
+            raise ValueError(
+                f"{folder}: {name} is {json.dumps(value)}, "
+                f"this GPT has {' or '.join(map(json.dumps, values))}"
+            )
+    for name in SIZES.values():
+        if type(config.get(name, 1)) is not int:
+            raise ValueError(f"{folder}: {name} must be an integer, got {config[name]!r}")
+    width = config.get("n_embd", GPTConfig.n_embd)
+    if config.get("n_inner") not in (None, 4 * width):
+        raise ValueError(
+            f"{folder}: n_inner is {config['n_inner']}, this GPT has 4 n_embd = {4 * width}"
+        )
+    return config
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face folder by their names there. Raises ValueError with one
+    sentence."""
+    there = [name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not there:
+        raise ValueError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)}")
+    if importlib.util.find_spec("safetensors") is None:
+        bins = [name for name in there if name.startswith("pytorch_model.bin")]
+        if not bins:
+            raise ValueError(f"{folder / there[0]} needs a package: pip install safetensors")
+        there = bins
+    if not there[0].endswith(".index.json"):
+        return read_tensors(folder / there[0])
+    shards = read_object(folder / there[0]).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
+        raise ValueError(f"{folder / there[0]} has no weight_map from tensors to files")
+    tensors = {}
+    for name in sorted(set(shards.values())):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{folder / there[0]} names the file {name!r}, which is not there")
+        tensors |= read_tensors(folder / name)
+    return tensors
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """One .safetensors or .bin file. Raises ValueError with one sentence."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(x, Tensor) for x in tensors.values()):
+            raise TypeError("it must hold tensors by name")
+        return tensors
+    except Exception as error:  # whatever a damaged or foreign file makes the readers raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot read {path}: {reason}") from error
+
+
+def load_pretrained(cls: type[GPT], folder: Path, vocab_size: int | None = None) -> GPT:
+    """What GPT.from_pretrained says."""
+    theirs = pretrained_config(folder)
+    try:
+        config = GPTConfig(**{ours: theirs[t] for ours, t in SIZES.items() if t in theirs})
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    words = config.vocab_size if vocab_size is None else vocab_size
+    if words > config.vocab_size:
+        raise ValueError(f"{folder} has a vocabulary of {config.vocab_size}, not of {words}")
+    tensors = {
+        name.removeprefix("transformer."): x
+        for name, x in read_weights(folder).items()
+        if not name.endswith(UNUSED)
+    }
+    with torch.device("meta"):  # shapes only: nothing is drawn to be overwritten
+        gpt = cls(config)
+    wanted, state = gpt.state_dict(), {}
+    for name in sorted(wanted.keys() - tensors.keys()):
+        raise ValueError(f"{folder} lacks the tensor {name}")
+    for name in sorted(tensors.keys() - wanted.keys()):
+        raise ValueError(f"{folder} has a tensor {name}, which GPT-2 of its config.json has not")
+    for name, like in wanted.items():
+        x = tensors.pop(name)
+        x = x.T if name.endswith(CONV1D) and x.dim() == 2 else x
+        if x.shape != like.shape or not x.is_floating_point():
+            raise ValueError(
+                f"{folder}: {name} is {list(x.shape)} of {x.dtype}, expected {list(like.shape)} "
+                "of floats (as the model holds it)"
+            )
+        x = x[:words] if name == "wte.weight" else x
+        state[name] = x.float().contiguous()
+    if words != config.vocab_size:
+        config = GPTConfig(**vars(config) | {"vocab_size": words})
+        with torch.device("meta"):
+            gpt = cls(config)
+    gpt.load_state_dict(state, assign=True)
+    return gpt
+
+
+def write_pretrained(gpt: GPT, folder: Path, eot: int | None, extra: dict) -> None:
+    """What GPT.save_pretrained says. config.json comes last: without it the folder is nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        f"transformer.{name}": (x.T if name.endswith(CONV1D) else x).detach().cpu().contiguous()
+        for name, x in gpt.state_dict().items()
+    }
+    config = {
+        **{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+        **{theirs: getattr(gpt.config, ours) for ours, theirs in SIZES.items()},
+        **{name: values[0] for name, values in COMPUTED.items()},
+        **{"n_ctx": gpt.config.block_size, "n_inner": None, "reorder_and_upcast_attn": False},
+        **{"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+        **{"bos_token_id": eot, "eos_token_id": eot},
+        **{"torch_dtype": str(gpt.wte.weight.dtype).removeprefix("torch."), **extra},
+    }
+    if importlib.util.find_spec("safetensors") is not None:
+        from safetensors.torch import save_file
+
+        name, write = "model.safetensors", lambda path: save_file(state, path, {"format": "pt"})
+    else:
+        name, write = "pytorch_model.bin", lambda path: torch.save(state, path)
+    put(folder / name, write)
+    for other in WEIGHT_FILES:  # transformers would prefer some of them to what we wrote
+        if other != name:
+            (folder / other).unlink(missing_ok=True)
+    text = json.dumps(config, indent=2) + "\n"
+    put(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def put(path: Path, write) -> None:
+    """write(temporary path), then move it to `path`, which is thus never half written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # safetensors leaves a file that its owner alone can read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

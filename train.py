@@ -40,10 +40,13 @@ class Settings:
     data: list[str] = flag((), "training files: .jsonl, .jsonl.gz, .json, .txt")
     eval_data: list[str] = flag((), "held-out files")
     encoding: str | None = flag(
-        None, "bytes, a tiktoken name or module:function (--init's, or bytes)"
+        None, "bytes, a tiktoken name or module:function (--init's, or bytes; Hugging Face: gpt2)"
     )
     # model
-    init: str = flag("", "start from this run folder or .pt file; exo and dpo stay near it")
+    init: str = flag(
+        "",
+        "start from this run folder, .pt file or Hugging Face GPT-2 folder; exo and dpo stay near",
+    )
     block_size: int | None = flag(None, "longest text in tokens (--init's, or 256)")
     n_layer: int | None = flag(None, "blocks (--init's, or 4)")
     n_head: int | None = flag(None, "attention heads (--init's, or 4)")
@@ -108,7 +111,7 @@ class Settings:
         if s.stage != "toy":
             yield s.data, f"{s.stage} needs --data FILE"
         if need_init:
-            yield s.init, f"{s.stage} needs --init, a run folder made by `python train.py sft`"
+            yield s.init, f"{s.stage} needs --init, a run made by `python train.py sft` or GPT-2"
         if preference:
             low = "0 <" if s.loss == "exo" else "0 <="
             ok = 0 < s.label_smoothing < 0.5 or (s.loss != "exo" and s.label_smoothing == 0)
@@ -200,7 +203,7 @@ from data import (
     get_encoding,
     read_groups,
 )
-from model import GPT, GPTConfig, Scorer
+from model import GPT, GPTConfig, Scorer, pretrained_config
 
 # ------------------------------------------------------------------------------
 # Files of a run: written beside their place and moved there, so that none is ever half written
@@ -242,11 +245,41 @@ def load_checkpoint(path: str | Path) -> dict:
     return ckpt
 
 
-def load_gpt(path: str | Path, device="cpu") -> tuple[GPT, dict]:
-    """The model of a checkpoint, in eval mode, and the checkpoint's other entries."""
+def load_gpt(path: str | Path, device="cpu", encoding: str | None = None) -> tuple[GPT, dict]:
+    """The model of a run folder, a .pt file or a Hugging Face GPT-2 folder, in eval mode, and the
+    checkpoint's other entries. encoding: of a Hugging Face folder that does not say (None: gpt2).
+    """
+    folder = Path(path)
+    ours = any((folder / name).exists() for name in ("ckpt.pt", "settings.json"))
+    if folder.is_dir() and not ours and (folder / "config.json").exists():
+        return load_hugging_face(folder, device, encoding)
     ckpt = load_checkpoint(path)
     gpt = GPT(GPTConfig(**ckpt["config"]))
     gpt.load_state_dict(ckpt.pop("model"))
+    return gpt.to(device).eval(), ckpt
+
+
+def load_hugging_face(folder: Path, device, encoding: str | None) -> tuple[GPT, dict]:
+    """load_gpt of a Hugging Face folder. Words beyond the encoding's, which pad the vocabulary or
+    were added to it, are left out: no text contains them, and none may be sampled."""
+    try:
+        config = pretrained_config(folder)
+        said = config.get("exo")  # written by `sample.py --export`
+        said = said if isinstance(said, dict) else {}
+        name, temperature = said.get("encoding"), said.get("temperature", 1.0)
+        if name is not None and ":" in str(name) and name != encoding:  # would run code
+            raise InputError(f"{folder} has the encoding {name}: say --encoding {name} to run it")
+        if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+            raise InputError(f"{folder}: temperature must be above 0, got {temperature!r}")
+        name = str(name or encoding or "gpt2")
+        n_vocab = get_encoding(name).n_vocab
+        gpt = GPT.from_pretrained(folder, n_vocab)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    ckpt = {"config": dataclasses.asdict(gpt.config), "encoding": name}
+    ckpt |= {"temperature": temperature, "left_out": config.get("vocab_size", n_vocab) - n_vocab}
     return gpt.to(device).eval(), ckpt
 
 
@@ -297,7 +330,9 @@ def build(s: Settings) -> tuple[GPT, str, float]:
     agree."""
     sizes = {k: getattr(s, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}
     if s.init:
-        gpt, ckpt = load_gpt(s.init)
+        gpt, ckpt = load_gpt(s.init, encoding=s.encoding)
+        if ckpt.get("left_out"):
+            print(f"{s.init}: {ckpt['left_out']} words beyond {ckpt['encoding']}'s left out")
         given = {**sizes, "encoding": s.encoding}
         for name, value in given.items():
             has = ckpt["encoding"] if name == "encoding" else getattr(gpt.config, name)
@@ -426,7 +461,9 @@ class Preference(Task):
         self.warned = False
 
     def prepare(self, ids: np.ndarray) -> None:
-        ref, _ = load_gpt(self.s.init, self.device)  # the policy may be further already, if resumed
+        ref, _ = load_gpt(
+            self.s.init, self.device, self.s.encoding
+        )  # the policy may be further already, if resumed
         scorer = Scorer(ref, self.temperature)
         self.ref_logps = score(scorer, self.groups, self.s, self.device, ids, "reference").to(
             self.device
@@ -496,7 +533,7 @@ class Preference(Task):
             ended = y[-1] == groups.eot
             builder.add(prompt, [y[:-1] if ended else y], ended=ended)
         drawn = builder.groups()
-        ref = Scorer(load_gpt(self.s.init, self.device)[0], self.temperature)
+        ref = Scorer(load_gpt(self.s.init, self.device, self.s.encoding)[0], self.temperature)
         logps, ref_logps = (score(m, drawn, self.s, self.device) for m in (self.scorer, ref))
         segment = drawn.first[:-1] + 1
         k1 = exo.kl_estimates(logps, ref_logps)["k1"][segment]
