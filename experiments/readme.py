@@ -1,0 +1,113 @@
+"""
+The README's tables, made from the result files in assets/, so that they cannot drift.
+
+    python -m experiments.readme        writes them between the README's markers
+
+tests/test_readme.py fails while the two disagree.
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def read(name: str) -> dict:
+    return json.loads((ROOT / "assets" / name).read_text(encoding="utf-8"))
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Mean ± standard error."""
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
+
+
+def named(row: dict) -> str:
+    return row["method"] + (f", K = {row['K']}" if row["K"] else "")
+
+
+def numbers() -> str:
+    """The numbers world: every method, mean ± standard error over seeds."""
+    found: dict[str, list[dict]] = {}
+    for row in read("toy/results.json")["rows"]:
+        found.setdefault(named(row), []).append(row)
+    columns = ("reverse_kl", "forward_kl", "J", "reward", "kl_sft")
+    rows = [[name, *(spread([r[c] for r in rs]) for c in columns)] for name, rs in found.items()]
+    return markdown(["", "KL(π‖π*)", "KL(π*‖π)", "J", "E[r]", "KL(π‖sft)"], rows)
+
+
+def paired() -> str:
+    """Differences over the same seeds, so that what worlds share cancels."""
+    rows = read("toy/results.json")["rows"]
+
+    def column(method: str, K: int | None, name: str) -> list[float]:
+        return [r[name] for r in rows if (r["method"], r["K"]) == (method, K)]
+
+    pairs = [("reverse_kl", "dpo-rw", K, "exo-rw", K) for K in (2, 8, 64)]
+    pairs += [("reverse_kl", "exo-rw", 64, "reverse-kl", None)]
+    pairs += [("reverse_kl", "exo-online", 2, "reverse-kl", None)]
+    pairs += [("forward_kl", "dpo-rw", 64, "forward-kl", None)]
+    pairs += [("reverse_kl", "exo-pref", 2, "dpo-pref", 2)]
+    out = []
+    for name, a, K, b, L in pairs:
+        gap = [x - y for x, y in zip(column(a, K, name), column(b, L, name), strict=True)]
+        what = {"reverse_kl": "KL(π‖π*)", "forward_kl": "KL(π*‖π)"}[name]
+        labels = [named({"method": m, "K": k}) for m, k in ((a, K), (b, L))]
+        out.append([f"{what}: {labels[0]} minus {labels[1]}", spread(gap)])
+    return markdown(["at equal beta, paired over seeds", "difference"], out)
+
+
+def matched() -> str:
+    """E[r] at equal distance from sft: EXO's lead over DPO, where all seeds of both arrive."""
+    rows, out = read("toy/sweep.json")["matched"], {}
+    rivals = {"exo": "dpo", "reverse": "forward"}
+    arrived = {(r["method"], r["K"], r["kl_sft"]): r["seeds"] for r in rows}
+    for row in rows:
+        head, _, tail = row["method"].partition("-")
+        rival = arrived.get((f"{rivals.get(head)}-{tail}", row["K"], row["kl_sft"]), 0)
+        if "lead" in row:
+            text = f"{row['lead']:+.3f} ± {row['lead_se']:.3f}"
+            found = out.setdefault(named(row), {})
+            found[row["kl_sft"]] = text if min(rival, row["seeds"]) == 8 else f"{rival} of 8 arrive"
+    budgets = sorted({row["kl_sft"] for row in rows})
+    table = [[name, *(found.get(b, "–") for b in budgets)] for name, found in out.items()]
+    return markdown(["lead in E[r]", *(f"KL {b:g}" for b in budgets)], table)
+
+
+def bench() -> str:
+    """Speed beside the others: ratios of medians measured in one run."""
+    out = []
+    for row in read("bench/results.json")["rows"]:
+        unit = "tokens/s" if row["what"] == "sample" else "groups/s"
+        what = f"{row['what']} {row['size']}"
+        if row["what"] == "train":
+            what += f", prompt {row['prompt']}, K = {row['K']}, {row['dtype']}"
+        others = {"naive": row["naive"], **row["peers"]}
+        times = ", ".join(f"{row['ours'] / v:.1f}× {k}" for k, v in others.items() if v)
+        limit = f"{row['limit_share']:.0%}" if row["limit_share"] else "–"
+        peak = f"{row['peak_gb']:.2f}" if row["peak_gb"] else "–"
+        out.append([what, f"{row['ours']:,.3g} {unit}", times, limit, peak])
+    return markdown(["", "ours", "as fast as the others", "of the matmul limit", "GB"], out)
+
+
+TABLES = {"numbers": numbers, "paired": paired, "matched": matched, "bench": bench}
+
+
+def fill(text: str) -> str:
+    """The README with every table between its markers replaced."""
+    for name, make in TABLES.items():
+        start, end = f"<!-- {name} -->\n", f"\n<!-- end {name} -->"
+        before, rest = text.split(start)
+        text = before + start + make() + end + rest.split(end)[1]
+    return text
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
