@@ -285,7 +285,7 @@ def load_hugging_face(folder: Path, device, encoding: str | None) -> tuple[GPT, 
 
 def open_run(s: Settings) -> Path:
     """The run folder of --out, made (or, to resume, checked) only when all input has been read."""
-    out, settings = Path(s.out), dataclasses.asdict(s)
+    out, settings = Path(s.out), json.loads(json.dumps(dataclasses.asdict(s)))  # tuples are lists
     if s.resume:
         if not (out / "settings.json").is_file() or not (out / "ckpt.pt").is_file():
             raise InputError(f"--resume: {out} holds no run with a checkpoint")
@@ -295,7 +295,7 @@ def open_run(s: Settings) -> Path:
         if changed:
             raise InputError(f"--resume: the run in {out} has another --{', --'.join(changed)}")
         return out
-    if (out / "settings.json").exists() and not s.overwrite:
+    if (out / "ckpt.pt").exists() and not s.overwrite:
         raise InputError(f"{out} holds a run: give --resume, --overwrite or another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -764,7 +764,7 @@ def main(argv: list[str] | None = None) -> int:
             toy.run(s.out, s.seeds, s.sweep)
             return 0
         out = Path(s.out)
-        if (out / "settings.json").exists() and not (s.resume or s.overwrite):
+        if (out / "ckpt.pt").exists() and not (s.resume or s.overwrite):
             raise InputError(f"{out} holds a run: give --resume, --overwrite or another --out")
         return fit(s, TASKS[s.stage](s, pick_device(s.device)))
     except InputError as error:

@@ -255,6 +255,15 @@ def test_a_stopped_run_resumes_to_the_same_result(how, files, tmp_path):
     assert a["step"] == b["step"] == 40
 
 
+def test_a_finished_run_resumes_to_itself_without_held_out_data(files, tmp_path):
+    """Settings are compared as settings.json holds them, where an empty tuple is a list."""
+    argv = ["dpo", "--data", files["pairs"], "--init", files["sft"], "--out", str(tmp_path / "run")]
+    assert train.main([*argv, *SHORT]) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert train.main([*argv, *SHORT, "--resume"]) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
 def test_a_run_is_not_overwritten_by_accident(files, tmp_path, capsys):
     assert preference("dpo", files, tmp_path / "run") == 0
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
