@@ -102,9 +102,9 @@ TABLES = {"numbers": numbers, "paired": paired, "matched": matched, "bench": ben
 def fill(text: str) -> str:
     """The README with every table between its markers replaced."""
     for name, make in TABLES.items():
-        start, end = f"<!-- {name} -->\n", f"\n<!-- end {name} -->"
+        start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
         before, rest = text.split(start)
-        text = before + start + make() + end + rest.split(end)[1]
+        text = before + start + make() + "\n" + end + rest.split(end)[1]
     return text
 
 
