@@ -1,9 +1,9 @@
 """
 Training: settings, one loop, checkpoints, and a task per stage.
 
-    python train.py                                      the exact world (experiments/toy.py), a
-    minute python train.py sft --data pairs.jsonl --out out/sft python train.py exo --data
-    pairs.jsonl --init out/sft --out out/exo      (or dpo)
+    python train.py                      the exact world, about a minute
+    python train.py sft --data pairs.jsonl --out out/sft
+    python train.py exo --data pairs.jsonl --init out/sft --out out/exo      (or dpo)
 
 A task knows its batches, its loss and its evaluation; the loop knows steps, schedule, logging and
 saving, and nothing of methods. All randomness is a function of (seed, step), so a resumed run needs
@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os.path
 import sys
 from dataclasses import dataclass, field
 
@@ -77,8 +78,8 @@ class Settings:
     # evaluation
     eval_interval: int = flag(100, "steps between evaluations, each followed by a checkpoint")
     log_interval: int = flag(10, "steps between training records")
-    kl_samples: int = flag(32, "completions drawn to estimate KL(pi || sft); 0 turns it off")
-    max_new_tokens: int = flag(64, "longest drawn completion")
+    kl_samples: int = flag(32, "completions drawn to estimate the KL from sft; 0: none")
+    max_new_tokens: int = flag(64, "longest drawn completion; the KL is that of texts cut here")
     dump_eval: str = flag("", "write a JSON line per held-out group here after the last step")
     # machine
     seed: int = flag(0, "the same seed gives the same numbers")
@@ -90,7 +91,7 @@ class Settings:
     overwrite: bool = flag(False, "replace the run in --out")
     # toy
     seeds: int = flag(8, "toy: number of seeds")
-    sweep: bool = flag(False, "toy: also the sweeps over K, beta and n_embd (15 minutes)")
+    sweep: bool = flag(False, "toy: also the sweeps over K, beta and n_embd (9 minutes)")
 
     def __post_init__(self):
         self.out = self.out or f"out/{self.stage}"
@@ -110,6 +111,16 @@ class Settings:
         yield s.stage in STAGES, f"unknown stage {s.stage!r}: choose from {', '.join(STAGES)}"
         if s.stage != "toy":
             yield s.data, f"{s.stage} needs --data FILE"
+        else:
+            given = s.data or s.eval_data or s.init
+            yield (
+                not given,
+                "toy reads no files: name a stage first, as in train.py exo --data F",
+            )
+        init, out = os.path.realpath(s.init), os.path.realpath(s.out)
+        inside = s.init and out in (init, os.path.dirname(init))
+        yield not (inside and s.overwrite), f"--overwrite would delete --init {s.init}"
+        yield not s.dump_eval or preference, "--dump_eval is for exo and dpo"
         if need_init:
             yield s.init, f"{s.stage} needs --init, a run made by `python train.py sft` or GPT-2"
         if preference:
@@ -283,6 +294,13 @@ def load_hugging_face(folder: Path, device, encoding: str | None) -> tuple[GPT, 
     return gpt.to(device).eval(), ckpt
 
 
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
 def open_run(s: Settings) -> Path:
     """The run folder of --out, made (or, to resume, checked) only when all input has been read."""
     out, settings = Path(s.out), json.loads(json.dumps(dataclasses.asdict(s)))  # tuples are lists
@@ -290,17 +308,14 @@ def open_run(s: Settings) -> Path:
         if not (out / "settings.json").is_file() or not (out / "ckpt.pt").is_file():
             raise InputError(f"--resume: {out} holds no run with a checkpoint")
         before = json.loads((out / "settings.json").read_text())
-        free = {"resume", "overwrite", "device", "compile", "dump_eval"}
+        free = {"out", "resume", "overwrite", "device", "compile", "dump_eval"}
         changed = [k for k, v in before.items() if k not in free and settings.get(k) != v]
         if changed:
             raise InputError(f"--resume: the run in {out} has another --{', --'.join(changed)}")
         return out
     if (out / "ckpt.pt").exists() and not s.overwrite:
         raise InputError(f"{out} holds a run: give --resume, --overwrite or another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
+    make_folder(out)
     for old in ("ckpt.pt", "best.pt", "metrics.jsonl"):
         (out / old).unlink(missing_ok=True)
     write_json(out / "settings.json", settings)
@@ -454,6 +469,9 @@ class Preference(Task):
         super().__init__(s, device)
         if s.loss not in exo.LOSSES:
             raise InputError(f"unknown --loss {s.loss!r}: choose from {', '.join(exo.LOSSES)}")
+        parent = Path(s.dump_eval).parent
+        if s.dump_eval and parent != Path(s.out) and not parent.is_dir():
+            raise InputError(f"--dump_eval {s.dump_eval}: there is no folder {parent}")
         self.loss_fn = exo.LOSSES[s.loss]
         self.log_target = log_targets(self.groups, s.beta_r, s.label_smoothing).to(device)
         if self.eval_groups is not None:
@@ -702,7 +720,7 @@ def fit(s: Settings, task: Task) -> int:
     if stop.signal:
         save(out, task, optimizer, state, False)
         print(
-            f"stopped at step {state['step']} of {steps}; --resume goes on from here",
+            f"stopped at step {state['step']} of {steps}; the same command with --resume goes on",
             file=sys.stderr,
         )
         return 128 + stop.signal
@@ -761,6 +779,7 @@ def main(argv: list[str] | None = None) -> int:
         if s.stage == "toy":
             from experiments import toy
 
+            make_folder(Path(s.out))
             toy.run(s.out, s.seeds, s.sweep)
             return 0
         out = Path(s.out)

@@ -273,6 +273,9 @@ def test_a_run_is_not_overwritten_by_accident(files, tmp_path, capsys):
     assert "another --beta_pi" in capsys.readouterr().err
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
     assert preference("dpo", files, tmp_path / "run", "--overwrite") == 0
+    with pytest.raises(SystemExit):  # would delete what it starts from
+        preference("dpo", files, Path(files["sft"]), "--overwrite")
+    assert (Path(files["sft"]) / "ckpt.pt").exists()
 
 
 # ------------------------------------------------------------------------------
@@ -327,6 +330,8 @@ def test_wrong_data_is_named_with_file_and_line(rows, said, files, tmp_path, cap
     ("argv", "said"),
     [
         (["exa"], "invalid choice: 'exa'"),
+        (["--data", "PAIRS"], "toy reads no files: name a stage first"),
+        (["sft", "--data", "PAIRS", "--dump_eval", "x"], "--dump_eval is for exo"),
         (["sft", "--lr", "1"], "unrecognized arguments: --lr 1"),
         (["sft"], "sft needs --data"),
         (["exo", "--data", "PAIRS"], "exo needs --init"),
