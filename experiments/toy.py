@@ -14,8 +14,8 @@ fits and tells; toy_sweep.py fits for the curves, toy_figures.py draws what both
 What the words mean, and what is simplified:
 - `reverse-kl` and `forward-kl` descend the *exact* KL, with the optimizer and as many steps as all
   others, from sft's weights and from a copy with noise; the better counts, by its own objective.
-  They are no global optima: nothing has converged after 500 steps (after 2,000 the reverse KL is
-  about 0.13 nats lower). The picture's exact fits start again from where all others ended.
+  They are no global optima: nothing has converged after 500 steps, and a longer fit
+  goes lower. The picture's exact fits start again from where all others ended.
 - Temperatures are matched: all methods share one unrestricted optimum. exo-rw, dpo-rw, exo-online:
   beta_pi = 1, beta_r = beta. Pairs carry labels drawn from Bradley-Terry with the true reward,
   P = sigmoid(r1 - r2), where dpo-pref's optimum at label_smoothing 0 is sft exp(r / beta_pi), so
