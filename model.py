@@ -29,6 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # a block keeps its input and computes the rest again
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -226,7 +228,10 @@ class GPT(nn.Module):
         """Token ids and positions (..., ) -> features (..., C) after the last LayerNorm."""
         x = self.wte(idx) + self.wpe(pos)
         for layer, block in enumerate(self.h):
-            x = block(x, layer, context)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, layer, context, use_reentrant=False)
+            else:
+                x = block(x, layer, context)
         return self.ln_f(x)
 
     def head(self, x: Tensor) -> Tensor:
@@ -271,15 +276,17 @@ class GPT(nn.Module):
         top_k: int | None = None,
         eot: int | None = None,
         generator: torch.Generator | None = None,
+        uniform: Tensor | None = None,
     ) -> list[list[int]]:
         """n completions of each prompt (token ids, none empty): len(prompts) * n lists, those of a
         prompt side by side.
 
         A completion stops after max_new_tokens or with `eot`, which is then its last token (None:
         never). temperature 0 takes the likeliest token. top_k keeps the k likeliest. Each row and
-        step has a uniform draw of its own, made from `generator` in one go, so a row's text does
-        not depend on its batch mates. Raises ValueError for an empty prompt, a bad temperature or
-        top_k, or a text longer than block_size.
+        step has a uniform draw of its own, so a row's text does not depend on its batch mates:
+        `uniform` (rows, max_new_tokens) in [0, 1), by default made from `generator` in one go.
+        Raises ValueError for an empty prompt, a bad temperature or top_k, or a text longer than
+        block_size.
         """
         self._check_generate(prompts, max_new_tokens, temperature, top_k)
         device = self.wte.weight.device
@@ -294,10 +301,11 @@ class GPT(nn.Module):
         cache.select(rows)
         idx = torch.tensor([p[-1] for p in prompts], device=device)[rows]
         pos = prefix_len[rows]
-        uniform_device = generator.device if generator is not None else "cpu"
-        uniform = torch.rand(
-            len(rows), max_new_tokens, generator=generator, device=uniform_device
-        ).to(device)
+        if uniform is None:
+            where = generator.device if generator is not None else "cpu"
+            shape = len(rows), max_new_tokens
+            uniform = torch.rand(shape, generator=generator, device=where)
+        uniform = uniform.to(device)
 
         out = idx.new_zeros(len(rows), max_new_tokens)
         alive = torch.arange(
@@ -442,7 +450,8 @@ class ChunkedLogps(torch.autograd.Function):
     def parts(x: Tensor, weight: Tensor, targets: Tensor):
         """(part of the vocabulary, logits (S, words) in float32 at least, column of each row's
         target, whether the target is in this part)."""
-        words = min(max(1, chunk_size(x.device) // len(x)), len(weight))
+        words = max(64, chunk_size(x.device) // len(x) // 64 * 64)  # whole tiles of a GPU's matmul
+        words = min(words, len(weight))
         buffer = x.new_empty(len(x) * words)
         for start in range(0, len(weight), words):
             part = slice(start, min(start + words, len(weight)))
@@ -480,6 +489,14 @@ class ChunkedLogps(torch.autograd.Function):
             dx -= d @ weight[part]
             torch.mm(d.T, gx, out=dw[part])
         return (dx * grad).to(x.dtype), dw.neg_(), None
+
+
+def forward_flops(config: GPTConfig, tokens: int, seen: int, scored: int) -> int:
+    """Matmul FLOPs of a forward pass: `tokens` through the trunk, `seen` (query, key) pairs,
+    `scored` tokens through the head."""
+    trunk = 24 * config.n_layer * config.n_embd**2  # qkv 6, projection 2, MLP 16
+    pair = 4 * config.n_layer * config.n_embd  # its score, and its value's share
+    return trunk * tokens + pair * seen + 2 * config.n_embd * config.vocab_size * scored
 
 
 # ------------------------------------------------------------------------------

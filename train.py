@@ -23,6 +23,7 @@ import sys
 from dataclasses import dataclass, field
 
 STAGES = ("toy", "sft", "exo", "dpo")
+OFFLINE = ("sft", "exo", "dpo")
 
 
 def flag(default, text: str):
@@ -84,9 +85,15 @@ class Settings:
     # machine
     seed: int = flag(0, "the same seed gives the same numbers")
     device: str | None = flag(None, "cuda, mps or cpu (the first there is)")
-    dtype: str | None = flag(None, "float32 or bfloat16 (bfloat16 on cuda, else float32)")
+    dtype: str | None = flag(
+        None, "float32, bfloat16 (autocast; the choice on cuda) or float64 (weights too)"
+    )
     threads: int | None = flag(None, "CPU threads; the sums, and so the last bits, depend on it")
     compile: bool = flag(False, "torch.compile: pays off on a GPU, slow to start on a CPU")
+    gradient_checkpointing: bool = flag(
+        False, "keep only each block's input and compute the rest again: less memory, 1/3 slower"
+    )
+    fsdp: bool = flag(False, "shard weights, gradients and optimizer over torchrun's processes")
     resume: bool = flag(False, "go on from --out's ckpt.pt")
     overwrite: bool = flag(False, "replace the run in --out")
     # toy
@@ -130,7 +137,9 @@ class Settings:
             yield ok, f"--label_smoothing must be {low} eps < 0.5{why}, got {s.label_smoothing}"
         yield not (s.epochs and s.max_iters), "give --epochs or --max_iters, not both"
         yield s.lr_decay in ("cosine", "linear", "constant"), f"unknown --lr_decay {s.lr_decay!r}"
-        yield s.dtype in (None, "float32", "bfloat16"), "--dtype must be float32 or bfloat16"
+        ok = s.dtype in (None, "float32", "bfloat16", "float64")
+        yield ok, "--dtype must be float32, bfloat16 or float64"
+        yield not s.fsdp or s.stage in OFFLINE, f"--fsdp is for {', '.join(OFFLINE)}"
         yield not (s.resume and s.overwrite), "give --resume or --overwrite, not both"
         yield not s.dump_eval or s.eval_data, "--dump_eval needs --eval_data"
         for name in ("beta_pi", "beta_r", "temperature", "learning_rate", "epochs"):
@@ -194,13 +203,18 @@ if __name__ == "__main__":
 # ruff: noqa: E402
 import contextlib
 import os
+import resource
 import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import exo
@@ -214,7 +228,130 @@ from data import (
     get_encoding,
     read_groups,
 )
-from model import GPT, GPTConfig, Scorer, pretrained_config
+from model import GPT, Block, GPTConfig, Scorer, forward_flops, pretrained_config
+
+# ------------------------------------------------------------------------------
+# Processes: torchrun starts one for each GPU. Each reads all rows, takes every world()-th group of
+# a batch, and holds the whole model (DDP) or a shard of it (--fsdp). Alone, this section does
+# nothing. What the host must know of the others (weights of means, a signal) goes through gloo, so
+# that no GPU waits for it.
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text: str, file=None) -> None:
+    """print, in the first process only."""
+    if rank() == 0:
+        print(text, file=file or sys.stdout)
+
+
+def total(*values: float) -> list[float]:
+    """Each value summed over the processes."""
+    if world() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def gather(value: object) -> list:
+    """[the first process' value, the second's, ...], in every process."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def only_first(action, *args) -> None:
+    """The first process does it while the others wait; its InputError is everyone's."""
+    said = None
+    if rank() == 0:
+        try:
+            action(*args)
+        except InputError as error:
+            said = str(error)
+    said = gather(said)[0]
+    if said is not None:
+        raise InputError(said)
+
+
+@contextlib.contextmanager
+def processes(s: Settings):
+    """Joins torchrun's processes, if it started us; gives this process' device."""
+    device = pick_device(s.device)
+    if "RANK" not in os.environ:
+        if s.fsdp:
+            raise InputError("--fsdp needs several processes: torchrun --nproc_per_node=N train.py")
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(module: torch.nn.Module, s: Settings, device: torch.device) -> torch.nn.Module:
+    """The module in DDP, sharded in place (FSDP2), compiled; its forward is the only way in."""
+    if s.fsdp:
+        mesh = dist.init_device_mesh(device.type, (world(),))
+        for block in [m for m in module.modules() if isinstance(m, Block)]:
+            fully_shard(block, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+    if s.compile:
+        module = torch.compile(module)
+    if world() > 1 and not s.fsdp:
+        ids = [device] if device.type == "cuda" else None
+        module = DDP(module, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return module
+
+
+@contextlib.contextmanager
+def accumulating(module: torch.nn.Module, last: bool):
+    """Gradients meet only in the last of several backward passes."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+    with contextlib.nullcontext() if last or not isinstance(module, DDP) else module.no_sync():
+        yield
+
+
+def full(state):
+    """A state dict (or a part of one) with whole tensors in place of shards; every process must
+    take part."""
+    if isinstance(state, dict):
+        return {k: full(v) for k, v in state.items()}
+    if isinstance(state, list):
+        return [full(v) for v in state]
+    return state.full_tensor() if isinstance(state, DTensor) else state
+
+
+def shard(value, like: Tensor):
+    """A whole tensor, cut as `like` is; a number stays what it is."""
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def load_whole(module: torch.nn.Module, optimizer, model: dict, optimizer_state: dict) -> None:
+    """Weights and optimizer state of a checkpoint into a module that may be sharded."""
+    own = module.state_dict()
+    module.load_state_dict({k: shard(v, own[k]) for k, v in model.items()})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        i: {k: shard(v, parameters[i]) for k, v in entry.items()}
+        for i, entry in optimizer_state["state"].items()
+    }
+    optimizer.load_state_dict(optimizer_state | {"state": state})
+
 
 # ------------------------------------------------------------------------------
 # Files of a run: written beside their place and moved there, so that none is ever half written
@@ -301,25 +438,34 @@ def make_folder(path: Path) -> None:
         raise InputError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
-def open_run(s: Settings) -> Path:
-    """The run folder of --out, made (or, to resume, checked) only when all input has been read."""
-    out, settings = Path(s.out), json.loads(json.dumps(dataclasses.asdict(s)))  # tuples are lists
+def plain(s: Settings) -> dict:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(dataclasses.asdict(s)))
+
+
+def check_run(s: Settings) -> None:
+    """The run to resume is there, and its settings are these."""
+    out, settings = Path(s.out), plain(s)
+    if not (out / "settings.json").is_file() or not (out / "ckpt.pt").is_file():
+        raise InputError(f"--resume: {out} holds no run with a checkpoint")
+    before = json.loads((out / "settings.json").read_text())
+    free = {"out", "resume", "overwrite", "device", "compile", "dump_eval", "fsdp"}
+    changed = [k for k, v in before.items() if k not in free and settings.get(k) != v]
+    if changed:
+        raise InputError(f"--resume: the run in {out} has another --{', --'.join(changed)}")
+
+
+def open_run(s: Settings) -> None:
+    """Makes the run folder of --out, only when all input has been read."""
+    out = Path(s.out)
     if s.resume:
-        if not (out / "settings.json").is_file() or not (out / "ckpt.pt").is_file():
-            raise InputError(f"--resume: {out} holds no run with a checkpoint")
-        before = json.loads((out / "settings.json").read_text())
-        free = {"out", "resume", "overwrite", "device", "compile", "dump_eval"}
-        changed = [k for k, v in before.items() if k not in free and settings.get(k) != v]
-        if changed:
-            raise InputError(f"--resume: the run in {out} has another --{', --'.join(changed)}")
-        return out
+        return
     if (out / "ckpt.pt").exists() and not s.overwrite:
         raise InputError(f"{out} holds a run: give --resume, --overwrite or another --out")
     make_folder(out)
     for old in ("ckpt.pt", "best.pt", "metrics.jsonl"):
         (out / old).unlink(missing_ok=True)
-    write_json(out / "settings.json", settings)
-    return out
+    write_json(out / "settings.json", plain(s))
 
 
 # ------------------------------------------------------------------------------
@@ -347,7 +493,7 @@ def build(s: Settings) -> tuple[GPT, str, float]:
     if s.init:
         gpt, ckpt = load_gpt(s.init, encoding=s.encoding)
         if ckpt.get("left_out"):
-            print(f"{s.init}: {ckpt['left_out']} words beyond {ckpt['encoding']}'s left out")
+            say(f"{s.init}: {ckpt['left_out']} words beyond {ckpt['encoding']}'s left out")
         given = {**sizes, "encoding": s.encoding}
         for name, value in given.items():
             has = ckpt["encoding"] if name == "encoding" else getattr(gpt.config, name)
@@ -377,8 +523,40 @@ def build(s: Settings) -> tuple[GPT, str, float]:
 def autocast(s: Settings, device: torch.device):
     """bfloat16 where the device computes it fast and nobody said otherwise. Sums stay in
     float32."""
-    bf16 = s.dtype == "bfloat16" or (s.dtype is None and device.type == "cuda")
+    bf16 = compute_dtype(s, device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def compute_dtype(s: Settings, device: torch.device) -> torch.dtype:
+    return getattr(torch, s.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def set_precision(s: Settings) -> None:
+    """TF32, which keeps 10 of 23 bits of a product's factors: for what autocast leaves in float32,
+    but not where --dtype float32 was asked for."""
+    torch.set_float32_matmul_precision("high" if s.dtype in (None, "bfloat16") else "highest")
+
+
+def matmul_rate(s: Settings, device: torch.device) -> float:
+    """FLOPs per second of a large matmul here and now: what the metric `mfu` is a share of."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(n, n, dtype=compute_dtype(s, device), device=device)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / sorted(seconds)[2]
+
+
+def peak_gb(device: torch.device) -> float:
+    """Largest memory so far: on a GPU of its tensors, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def adamw(module: torch.nn.Module, s: Settings, learning_rate: float) -> torch.optim.AdamW:
@@ -418,17 +596,25 @@ class Task:
         self.s, self.device = s, device
         self.gpt, self.encoding_name, self.temperature = build(s)
         self.encoding = get_encoding(self.encoding_name)
-        self.gpt.to(device)
+        self.gpt.to(device, torch.float64 if s.dtype == "float64" else torch.float32)
+        self.gpt.gradient_checkpointing = s.gradient_checkpointing
         self.scorer = Scorer(self.gpt, self.temperature)
-        self.module = torch.compile(self.scorer) if s.compile else self.scorer
+        self.module = wrap(self.scorer, s, device)
         use = "sft" if s.stage == "sft" else "preference"
         self.groups = self.read(s.data, use)
         self.eval_groups = self.read(s.eval_data, use) if s.eval_data else None
 
     def read(self, paths: list[str], use: str) -> Groups:
         groups, report = read_groups(paths, self.encoding, self.gpt.config.block_size, use)
-        print(f"{', '.join(map(str, paths))}: {report}")
+        say(f"{', '.join(map(str, paths))}: {report}")
         return groups
+
+    def flops(self, batch) -> int:
+        """Matmul FLOPs that a step on this batch needs: the backward pass is twice the forward."""
+        P, n = batch.prefix_len, batch.scored.sum(-1)  # (B,), (B, K) tokens read = scored
+        seen = (P * (P + 1) // 2).sum() + (n * P[:, None] + n * (n + 1) // 2).sum()
+        tokens, scored = (P.sum() + n.sum()).item(), n.sum().item()
+        return 3 * forward_flops(self.gpt.config, tokens, seen.item(), scored)
 
     def prepare(self, ids: np.ndarray) -> None:
         """Whatever must be known of these groups of the training data before the first step."""
@@ -438,6 +624,34 @@ class Task:
 
     def finish(self) -> None:
         """After the last step."""
+
+    def plain_gpt(self) -> GPT:
+        """The model in one piece and without wrappers, to draw from."""
+        if not self.s.fsdp:
+            return self.gpt
+        gpt = GPT(self.gpt.config)
+        gpt.load_state_dict(full(self.gpt.state_dict()))
+        return gpt.to(self.device).eval()
+
+    def sample(self, prompts: list[list[int]], new: int, n: int, seed: int) -> list[list[int]]:
+        """GPT.generate, n completions of each prompt. Processes share the prompts; the draws do not
+        depend on how many there are."""
+        generator = torch.Generator().manual_seed(seed)
+        uniform = torch.rand(len(prompts), n, new, generator=generator)
+        mine = slice(rank(), None, world())
+        drawn, gpt = [], self.plain_gpt()
+        if prompts[mine]:
+            with autocast(self.s, self.device):
+                drawn = gpt.generate(
+                    *(prompts[mine], new, n, self.temperature),
+                    eot=self.encoding.eot_token,
+                    uniform=uniform[mine].flatten(0, 1),
+                )
+        out = [[] for _ in range(len(prompts) * n)]
+        for first, part in enumerate(gather(drawn)):
+            for k in range(n):
+                out[first * n + k :: world() * n] = part[k::n]
+        return out
 
 
 class SFT(Task):
@@ -541,11 +755,7 @@ class Preference(Task):
         new = min(self.s.max_new_tokens, block // 2)
         some = np.unique(np.linspace(0, len(groups) - 1, self.s.kl_samples).round().astype(int))
         prompts = [groups.prompt(g)[-(block - new) :] for g in some]
-        generator = torch.Generator().manual_seed(self.s.seed * 1_000_003 + step)
-        with autocast(self.s, self.device):
-            drawn = self.gpt.generate(
-                *(prompts, new), temperature=self.temperature, eot=groups.eot, generator=generator
-            )
+        drawn = self.sample(prompts, new, 1, self.s.seed * 1_000_003 + step)
         builder = Builder(block, groups.eot, Report())
         for prompt, y in zip(prompts, drawn, strict=True):
             ended = y[-1] == groups.eot
@@ -560,11 +770,11 @@ class Preference(Task):
         return {"kl": k1.mean().item(), "kl_stderr": spread, "sampled_length": float(length)}
 
     def finish(self) -> None:
-        if not self.s.dump_eval:
-            return
-        rows = [
-            x.exp().tolist() if i == 2 else x.tolist() for i, x in enumerate(self.held_out()[1])
-        ]
+        if self.s.dump_eval:
+            only_first(self.dump, self.held_out()[1])
+
+    def dump(self, held_out: tuple) -> None:
+        rows = [x.exp().tolist() if i == 2 else x.tolist() for i, x in enumerate(held_out)]
         with replacing(Path(self.s.dump_eval)) as temporary, open(temporary, "w") as file:
             for g, (logps, ref, target, mask) in enumerate(zip(*rows, strict=True)):
                 k = sum(mask)
@@ -603,17 +813,24 @@ def accuracy(ratio: Tensor, target: Tensor, mask: Tensor) -> float:
 def score(module, groups: Groups, s: Settings, device, ids=None, note: str = "") -> Tensor:
     """log pi of the completions of these groups (all by default): (M,) on the CPU, 0 elsewhere.
 
-    Batches hold groups of similar size. `note` names a progress bar.
+    Batches hold groups of similar size, and processes take turns at them; each has all results.
+    `note` names a progress bar.
     """
     out = torch.zeros(len(groups.ended), dtype=torch.float64)
     ids = np.arange(len(groups)) if ids is None else ids
     ids = ids[np.argsort(groups.sizes()[ids], kind="stable")]
     size = s.micro_batch_size or s.batch_size
-    for start in tqdm(range(0, len(ids), size), note, disable=not note, leave=False):
-        batch = collate(groups, ids[start : start + size], rounding(device))
+    starts = range(0, len(ids), size * world())
+    for start in tqdm(starts, note, disable=not note or rank() > 0, leave=False):
+        mine = ids[start + rank() * size :][:size]
+        spare = len(mine) == 0  # a sharded module needs all processes in each of its calls
+        batch = collate(groups, ids[:1] if spare else mine, rounding(device))
         with autocast(s, device):
             logps = module(batch.to(device)).sum(-1)
-        out[batch.segment[batch.mask]] = logps[batch.mask.to(device)].double().cpu()
+        if not spare:
+            out[batch.segment[batch.mask]] = logps[batch.mask.to(device)].double().cpu()
+    if world() > 1:
+        dist.all_reduce(out)
     return out
 
 
@@ -632,6 +849,9 @@ class Log:
     dropped."""
 
     def __init__(self, path: Path, step: int):
+        self.file = None
+        if rank() > 0:
+            return
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         with replacing(path) as temporary:
@@ -639,8 +859,9 @@ class Log:
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
     def write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        if self.file is not None:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
 
 
 class Stop:
@@ -669,10 +890,9 @@ def fit(s: Settings, task: Task) -> int:
     optimizer = adamw(task.gpt, s, peak)
     state = {"step": 0, "evaluated": -1, "best": math.inf}
     if s.resume:
-        open_run(s)
+        check_run(s)
         ckpt = load_checkpoint(s.out)
-        task.gpt.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
+        load_whole(task.gpt, optimizer, ckpt["model"], ckpt["optimizer"])
         state = {k: ckpt[k] for k in state}
     batches = {e: epoch_batches(task.groups, s.batch_size, s.seed, e) for e in range(1)}
 
@@ -684,10 +904,11 @@ def fit(s: Settings, task: Task) -> int:
         return batches[epoch][step % n_batches]
 
     task.prepare(np.unique(np.concatenate([ids_of(i) for i in range(min(steps, n_batches))])))
-    out = open_run(s)
+    only_first(open_run, s)
+    out = Path(s.out)
     log = Log(out / "metrics.jsonl", state["step"])
-    bar = tqdm(total=steps, initial=state["step"], desc=s.stage)
-    shown = {}
+    bar = tqdm(total=steps, initial=state["step"], desc=s.stage, disable=rank() > 0)
+    shown, limit = {}, matmul_rate(s, task.device)
     with Stop() as stop:
         while True:
             step = state["step"]
@@ -702,70 +923,94 @@ def fit(s: Settings, task: Task) -> int:
                 shown |= {
                     f"eval_{k}": metrics[k] for k in ("loss", "accuracy", "kl") if k in metrics
                 }
-            if step == steps or stop.signal:
+            if step == steps or any(gather(stop.signal)):
                 break
             rate = peak * schedule(s, step, steps)
-            start = time.perf_counter()
-            loss, norm, tokens = update(s, task, optimizer, ids_of(step), rate)
+            start, ids = time.perf_counter(), ids_of(step)
+            loss, norm, work = update(s, task, optimizer, ids, rate)
             state["step"] += 1
             if state["step"] % s.log_interval == 0 or state["step"] == steps:
-                loss, seconds = loss.item(), time.perf_counter() - start
+                loss, tokens, flops = total(loss.item(), *work)
+                seconds = time.perf_counter() - start
                 record = {"step": state["step"], "kind": "train", "loss": loss, "lr": rate}
-                record |= {"grad_norm": norm.item(), "tokens_per_s": tokens / seconds}
-                log.write(record)
+                record |= {"grad_norm": full(norm).item(), "tokens_per_s": tokens / seconds}
+                record |= {"groups_per_s": len(ids) / seconds, "peak_gb": peak_gb(task.device)}
+                log.write(record | {"mfu": flops / seconds / (limit * world())})
                 shown |= {"loss": loss}
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
     bar.close()
-    if stop.signal:
+    if number := next(filter(None, gather(stop.signal)), None):
         save(out, task, optimizer, state, False)
-        print(
+        say(
             f"stopped at step {state['step']} of {steps}; the same command with --resume goes on",
-            file=sys.stderr,
+            sys.stderr,
         )
-        return 128 + stop.signal
+        return 128 + number
     task.finish()
-    print(f"{out}: {steps} steps; last evaluation {json.dumps(shown)}")
+    say(f"{out}: {steps} steps; last evaluation {json.dumps(shown)}")
     return 0
 
 
 def update(s: Settings, task: Task, optimizer, ids: np.ndarray, rate: float):
-    """One optimizer step on the groups `ids`: (loss, gradient norm, tokens read)."""
-    size = s.micro_batch_size or len(ids)
-    micro = [
-        collate(task.groups, ids[i : i + size], rounding(task.device))
-        for i in range(0, len(ids), size)
-    ]
+    """One optimizer step on the groups `ids`: (loss, gradient norm, (tokens read, matmul FLOPs));
+    with several processes loss and work are this one's share.
+
+    Each process takes every world()-th group. Wrappers average gradients over processes, and want
+    as many passes in each; so losses are scaled to give a mean over all that `ids` hold, and a
+    process whose groups are used up takes part with weight 0.
+    """
+    mine, share = ids[rank() :: world()], math.ceil(len(ids) / world())
+    size = s.micro_batch_size or share
+    micro = [mine[i : i + size] for i in range(0, share, size)]
+    micro = [collate(task.groups, m if len(m) else ids[:1], rounding(task.device)) for m in micro]
     weights = [task.weigh(batch) for batch in micro]
-    total = 0.0
-    for batch, weight in zip(micro, weights, strict=True):
-        with autocast(s, task.device):
-            loss = task.loss(batch.to(task.device)) * (weight / sum(weights))
-        loss.backward()
-        total = total + loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(task.gpt.parameters(), s.grad_clip or math.inf)
+    if share > len(mine) and (share - 1) % size == 0:
+        weights[-1] = 0
+    (whole,) = total(sum(weights))
+    loss = 0.0
+    for i, (batch, weight) in enumerate(zip(micro, weights, strict=True)):
+        with accumulating(task.module, last=i == len(micro) - 1):
+            with autocast(s, task.device):
+                part = task.loss(move(batch, task.device)) * (weight / whole)
+            (part * world()).backward()
+        loss = loss + part.detach()
+    norm = torch.nn.utils.clip_grad_norm_(task.scorer.parameters(), s.grad_clip or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total, norm, sum(len(batch.idx) for batch in micro)
+    work = sum(len(b.idx) for b in micro), sum(map(task.flops, micro))
+    return loss, norm, work
+
+
+def move(batch, device: torch.device):
+    """To the device; to a GPU from pinned memory, so that the copy waits for no kernel."""
+    if device.type != "cuda":
+        return batch.to(device)
+    return type(batch)(*(x.pin_memory() for x in batch)).to(device, non_blocking=True)
 
 
 def save(out: Path, task: Task, optimizer, state: dict, better: bool) -> None:
     """ckpt.pt with everything a resumed run needs, and best.pt with the weights alone."""
     weights = {
-        "model": task.gpt.state_dict(),
+        "model": full(task.gpt.state_dict()),
         "config": dataclasses.asdict(task.gpt.config),
         "encoding": task.encoding_name,
         "temperature": task.temperature,
         "stage": task.s.stage,
     }
+    rest = state | {"optimizer": full(optimizer.state_dict())}
+    only_first(write_checkpoint, out, weights, rest, better)
+
+
+def write_checkpoint(out: Path, weights: dict, rest: dict, better: bool) -> None:
     write_json(out / "config.json", weights["config"] | {"encoding": weights["encoding"]})
     if better:
         with replacing(out / "best.pt") as temporary:
-            torch.save(weights | {"step": state["step"]}, temporary)
+            torch.save(weights | {"step": rest["step"]}, temporary)
     with replacing(out / "ckpt.pt") as temporary:
-        torch.save(weights | state | {"optimizer": optimizer.state_dict()}, temporary)
+        torch.save(weights | rest, temporary)
 
 
 TASKS = {"sft": SFT, "exo": Preference, "dpo": Preference}
@@ -775,6 +1020,7 @@ def main(argv: list[str] | None = None) -> int:
     s = parse(sys.argv[1:] if argv is None else argv)
     if s.threads:
         torch.set_num_threads(s.threads)
+    set_precision(s)
     try:
         if s.stage == "toy":
             from experiments import toy
@@ -785,9 +1031,11 @@ def main(argv: list[str] | None = None) -> int:
         out = Path(s.out)
         if (out / "ckpt.pt").exists() and not (s.resume or s.overwrite):
             raise InputError(f"{out} holds a run: give --resume, --overwrite or another --out")
-        return fit(s, TASKS[s.stage](s, pick_device(s.device)))
+        with processes(s) as device:
+            return fit(s, TASKS[s.stage](s, device))
     except InputError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: {error}", file=sys.stderr)
         return 2
 
 

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 
 import exo
 import train
-from data import Builder, Groups, Report, epoch_batches, get_encoding, read_groups
+from data import Builder, Groups, Report, collate, epoch_batches, get_encoding, read_groups
 from experiments import peers
 from experiments.peers import NEW_TOKENS
-from model import GPT, GPTConfig, Scorer, Tree
+from model import GPT, GPTConfig, Scorer, Tree, forward_flops
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def train_ours(c: Cell) -> dict:
     for i in range(1, len(batches) if c.compile else 0):
         step(i)  # every shape compiles once
     result = timed(c, step, c.batch, device) | {"first_loss": loss}
-    flops = [train_flops(gpt.config, groups, ids) for ids in batches]
+    flops = [task.flops(collate(groups, ids)) for ids in batches]
     return result | limit(result["lap_s"], flops, c, device)
 
 
@@ -235,25 +235,6 @@ def load_naive(c: Cell) -> dict:
 
 # ------------------------------------------------------------------------------
 # The limit
-
-
-def forward_flops(config: GPTConfig, tokens: int, seen: int, scored: int) -> int:
-    """Matmul FLOPs of a forward pass: `tokens` through the trunk, `seen` (query, key) pairs,
-    `scored` tokens through the head."""
-    trunk = 24 * config.n_layer * config.n_embd**2  # qkv 6, projection 2, MLP 16
-    pair = 4 * config.n_layer * config.n_embd  # its score, and its value's share
-    return trunk * tokens + pair * seen + 2 * config.n_embd * config.vocab_size * scored
-
-
-def train_flops(config: GPTConfig, groups: Groups, ids: np.ndarray) -> int:
-    """What one step on these groups needs: each prefix once, and the backward pass is twice the
-    forward pass."""
-    segment, mask = groups.grid(ids)
-    length = np.diff(groups.offsets)
-    P = length[groups.first[ids]] - 1
-    n = (length + groups.ended)[segment] * mask  # (B, K) tokens read = scored
-    seen = (P * (P + 1) // 2).sum() + (n * P[:, None] + n * (n + 1) // 2).sum()
-    return 3 * forward_flops(config, int(P.sum() + n.sum()), int(seen), int(n.sum()))
 
 
 def sample_flops(config: GPTConfig, batch: int, prompt: int, new: int = NEW_TOKENS) -> int:

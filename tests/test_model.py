@@ -753,3 +753,26 @@ def test_draw_leaves_its_inputs_alone():
     draw(logits, u, 0.7, 3)
     assert torch.equal(logits, before[0])
     assert torch.equal(u, before[1])
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else():
+    """The same logits and gradients, bit for bit; less is kept for the backward pass."""
+    gpt = GPT(GPTConfig(32, 50, 3, 2, 16))
+    idx = torch.randint(0, 50, (4, 20), generator=torch.Generator().manual_seed(0))
+    found = []
+    for on in (False, True):
+        gpt.gradient_checkpointing, kept = on, []
+        gpt.zero_grad()
+
+        def keep(x, kept=kept):
+            kept.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = gpt(idx).square().mean()
+        loss.backward()
+        found.append((loss, [p.grad.clone() for p in gpt.parameters()], sum(kept)))
+    (a, grads, much), (b, same, little) = found
+    assert torch.equal(a, b)
+    assert all(torch.equal(x, y) for x, y in zip(grads, same, strict=True))
+    assert little < much / 2

@@ -21,6 +21,7 @@ from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = "--n_layer 1 --n_head 1 --n_embd 16 --block_size 64 --max_iters 6 --eval_interval 3".split()
+RATES = dict.fromkeys(("tokens_per_s", "groups_per_s", "mfu", "peak_gb"), 0)  # the machine's
 SHORT = "--max_iters 6 --eval_interval 3 --log_interval 1 --learning_rate 1e-3".split()
 SHORT += "--kl_samples 4 --max_new_tokens 8".split()
 
@@ -125,7 +126,7 @@ def test_the_same_seed_gives_the_same_numbers(files, tmp_path):
         assert preference("dpo", files, tmp_path / name) == 0
     for kind in ("eval", "train"):
         a, b = (records(tmp_path / name, kind) for name in ("a", "b"))
-        assert [{**r, "tokens_per_s": 0} for r in a] == [{**r, "tokens_per_s": 0} for r in b]
+        assert [{**r, **RATES} for r in a] == [{**r, **RATES} for r in b]
     a, b = (train.load_checkpoint(tmp_path / name)["model"] for name in ("a", "b"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -225,7 +226,7 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def without_rates(path: Path) -> list[dict]:
-    return [{**json.loads(r), "tokens_per_s": 0} for r in path.read_text().splitlines()]
+    return [{**json.loads(r), **RATES} for r in path.read_text().splitlines()]
 
 
 def command(files: dict, out: Path, *more: str) -> list[str]:
