@@ -305,17 +305,17 @@ class GPT(nn.Module):
             where = generator.device if generator is not None else "cpu"
             shape = len(rows), max_new_tokens
             uniform = torch.rand(shape, generator=generator, device=where)
-        uniform = uniform.to(device)
+        uniform = uniform.T.to(device)
 
-        out = idx.new_zeros(len(rows), max_new_tokens)
+        out = idx.new_zeros(max_new_tokens, len(rows))
         alive = torch.arange(
             len(rows), device=device
         )  # where in `out` each row of the cache belongs
         ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
         for t in range(max_new_tokens):
             x = self.hidden(idx[:, None], pos[:, None], cache)[:, 0]
-            idx = draw(self.head(x), uniform[alive, t], temperature, top_k)
-            out[alive, t] = idx
+            idx = draw(self.head(x), uniform[t], temperature, top_k)
+            out[t].index_copy_(0, alive, idx)
             pos = pos + 1
             if eot is not None:
                 ended |= idx == eot
@@ -327,7 +327,8 @@ class GPT(nn.Module):
                         break
                     cache.select(keep)
                     idx, pos, alive, ended = idx[keep], pos[keep], alive[keep], ended[keep]
-        return [row[: row.index(eot) + 1] if eot in row else row for row in out.tolist()]
+                    uniform = uniform[:, keep]
+        return [row[: row.index(eot) + 1] if eot in row else row for row in out.T.tolist()]
 
     def _check_generate(self, prompts, max_new_tokens, temperature, top_k) -> None:
         if not prompts or not all(prompts):
@@ -359,10 +360,12 @@ def draw(
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    cdf = logits - logits.amax(dim=-1, keepdim=True)  # from here on in place: one buffer a token
+    if temperature != 1:
+        cdf.div_(temperature)
     if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    cdf = logits.exp().cumsum(dim=-1)
+        cdf.masked_fill_(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    cdf.exp_().cumsum_(dim=-1)
     total = cdf[:, -1:].contiguous()
     idx = torch.searchsorted(cdf, uniform[:, None].to(cdf) * total, right=True)
     last = torch.searchsorted(
@@ -450,8 +453,8 @@ class ChunkedLogps(torch.autograd.Function):
     def parts(x: Tensor, weight: Tensor, targets: Tensor):
         """(part of the vocabulary, logits (S, words) in float32 at least, column of each row's
         target, whether the target is in this part)."""
-        words = max(64, chunk_size(x.device) // len(x) // 64 * 64)  # whole tiles of a GPU's matmul
-        words = min(words, len(weight))
+        words = min(max(1, chunk_size(x.device) // len(x)), len(weight))
+        words -= words % 64 if words > 64 else 0  # whole tiles of a GPU's matmul
         buffer = x.new_empty(len(x) * words)
         for start in range(0, len(weight), words):
             part = slice(start, min(start + words, len(weight)))
