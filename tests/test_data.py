@@ -313,12 +313,12 @@ def test_several_files_are_read_in_order(tmp_path):
     assert report.rows == 2
 
 
-def test_more_rows_than_one_tokenizer_batch_keep_their_order(tmp_path):
-    """Texts go to threads of the tokenizer in batches, and to the arrays in other batches."""
-    n, long = 5000, "x" * 200
-    rows = ({"prompt": long + f"{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(n))
+def test_more_rows_than_one_batch_of_the_arrays_keep_their_order(tmp_path):
+    """The arrays are written 4,096 segments at a time."""
+    n = 5000
+    rows = ({"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(n))
     groups, _ = read(save(tmp_path, lines(*rows)))
-    assert texts(groups) == [(long + f"{i}", [f"c{i}", f"r{i}"]) for i in range(n)]
+    assert texts(groups) == [(f"p{i}", [f"c{i}", f"r{i}"]) for i in range(n)]
 
 
 def test_a_txt_file_is_one_text_and_end_of_text_follows_it(tmp_path):
