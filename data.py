@@ -3,26 +3,33 @@ From rows of text to batches of groups. One shape runs through everything, the *
 prompt, K completions. A preference pair is a group with K = 2, chosen first; a row with rewards has
 its own K; a text to imitate is a group with K = 1.
 
-    JSONL line -> parse_row (text, checked) -> Groups (token ids in flat arrays) -> collate (one
-    batch)
+    JSONL line -> parse_row (text, checked) -> Groups (token ids in flat arrays, in memory or
+    mapped from a folder) -> collate (one batch)
 
 Texts are encoded apart and joined as token ids, never as text: what a completion's tokens are does
 not depend on its prompt. Special tokens written inside texts stay plain text.
 
 Simplifications: an epoch's order depends on (seed, epoch) alone; texts without a prompt are
 concatenated with [end of text] between them and cut into blocks, so one text may see the end of
-another.
+another. Files are read row by row, except that a .txt file is one row, and a .json file is parsed
+whole: what exceeds memory must be .jsonl.
 """
 
+import contextlib
 import dataclasses
+import functools
 import gzip
+import hashlib
 import importlib
+import io
 import itertools
 import json
 import math
+import shutil
+import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -224,7 +231,7 @@ def parse_rewards(row: dict) -> Row:
 def checked(completions: list[str], distinct: int) -> list[str]:
     if len(set(completions)) < distinct:
         raise Unusable("fewer than two distinct completions")
-    if not all(text.strip() for text in completions):
+    if any(not text or text.isspace() for text in completions):
         raise Unusable("an empty completion")
     return completions
 
@@ -292,6 +299,15 @@ def split_dialogue(row: dict, name: str) -> tuple[str, str]:
 # Files
 
 
+def file_kind(path: Path) -> str:
+    """The ending that says how to read a file; InputError for any other."""
+    kinds = (".jsonl", ".jsonl.gz", ".json", ".txt")
+    kind = next((k for k in kinds if path.name.endswith(k)), None)
+    if kind is None:
+        raise InputError(f"{path}: a data file must end in one of {', '.join(kinds)}")
+    return kind
+
+
 def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
     """(place, JSON value) for each row of a .jsonl, .jsonl.gz, .json or .txt file; place is
     file:line.
@@ -300,10 +316,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
     {"text"}.
     """
     path = Path(path)
-    kinds = (".jsonl", ".jsonl.gz", ".json", ".txt")
-    kind = next((k for k in kinds if path.name.endswith(k)), None)
-    if kind is None:
-        raise InputError(f"{path}: a data file must end in one of {', '.join(kinds)}")
+    kind = file_kind(path)
     number = 1
     try:
         with (
@@ -368,9 +381,8 @@ WANTED = {  # what each use of a file accepts, and how the error names it
 }
 
 
-def read_files(paths: list, use: str, report: Report) -> Iterator[tuple[str, Row]]:
-    """(place, Row) of every usable row of every file, for one `use` of WANTED; the report counts
-    the rest."""
+def read_files(paths: list, use: str, report: Report) -> Iterator[Row]:
+    """Every usable row of every file, for one `use` of WANTED; the report counts the rest."""
     kinds, wanted = WANTED[use]
     for path in paths:
         before = report.rows
@@ -385,7 +397,7 @@ def read_files(paths: list, use: str, report: Report) -> Iterator[tuple[str, Row
                 raise InputError(f"{place}: {error}") from None
             if row.kind not in kinds or (use == "prompt" and row.prompt is None):
                 raise InputError(f"{place}: expected {wanted}, got fields {sorted(value)}")
-            yield place, row
+            yield row
         if report.rows == before:
             raise InputError(f"{path}: the file is empty")
 
@@ -394,20 +406,29 @@ def read_files(paths: list, use: str, report: Report) -> Iterator[tuple[str, Row
 # Groups: token ids in flat arrays
 
 
+DTYPES = {
+    "tokens": np.int32,
+    "offsets": np.int64,
+    "first": np.int64,
+    "ended": np.bool_,
+    "rewards": np.float64,
+}
+
+
 @dataclasses.dataclass
 class Groups:
     """G groups in flat arrays, so that a hundred thousand cost no Python objects and slices are
-    views.
+    views. The arrays may be read-only maps of files.
 
     Segment s is tokens[offsets[s]:offsets[s + 1]]. Group g owns the segments from first[g], its
     prompt (never empty), up to first[g + 1]; those after the prompt are its completions.
     """
 
-    tokens: np.ndarray  # (n,) int32
-    offsets: np.ndarray  # (M + 1,) int64
-    first: np.ndarray  # (G + 1,) int64
-    ended: np.ndarray  # (M,) bool: the completion is followed by end-of-text (False: it was cut)
-    rewards: np.ndarray  # (M,) float64, NaN for prompts and where only an order is known
+    tokens: np.ndarray  # (n,)
+    offsets: np.ndarray  # (M + 1,)
+    first: np.ndarray  # (G + 1,)
+    ended: np.ndarray  # (M,): the completion is followed by end-of-text (False: it was cut)
+    rewards: np.ndarray  # (M,), NaN for prompts and where only an order is known
     eot: int
 
     def __len__(self) -> int:
@@ -439,97 +460,216 @@ class Groups:
         """(G,) bool: True for a preference pair, which has an order and no rewards."""
         return np.isnan(self.rewards[self.first[:-1] + 1])
 
+    def digest(self) -> str:
+        """Names what a model scores here: two Groups with the same digest get the same log-probs,
+        in the same places. Rewards do not count."""
+        sha = hashlib.sha256(
+            repr((self.eot, len(self.tokens), len(self.ended), len(self))).encode()
+        )
+        for name in ("tokens", "offsets", "first", "ended"):
+            sha.update(np.ascontiguousarray(getattr(self, name), DTYPES[name]))
+        return sha.hexdigest()
+
 
 class Builder:
-    """Collects groups, cut to block_size, and makes the flat arrays."""
+    """Collects groups, cut to block_size, and writes the flat arrays as they are made: to a folder,
+    or to memory."""
 
-    def __init__(self, block_size: int, eot: int, report: Report):
-        self.block_size, self.eot, self.report = block_size, eot, report
-        self.segments, self.first, self.ended, self.rewards = [], [0], [], []
+    def __init__(self, block_size: int, eot: int, report: Report, folder: Path | None = None):
+        self.block_size, self.eot, self.report, self.folder = block_size, eot, report, folder
+        self.memory = {name: io.BytesIO() for name in DTYPES}
+        self.n_tokens = self.n_segments = self.n_groups = 0
+        self.segments, self.first, self.ended, self.rewards = [], [], [], []  # not yet written
+        self.text = np.array([eot], np.int32)  # running text that fills no block yet
+        self.write(offsets=[0], first=[0])
 
-    def add(
-        self, prompt: list[int], completions: list[list[int]], rewards=None, ended=True
-    ) -> bool:
-        """Add a group; False if cutting left fewer distinct completions than a choice needs.
+    def add(self, prompt, completions: list, rewards=None, ended=True) -> bool:
+        """Add a group of token ids (lists or int32 arrays); False if cutting left fewer distinct
+        completions than a choice needs.
 
         The prompt may always have half of block_size, completions what the prompt leaves. A prompt
         loses its beginning; a completion its end, and then no end-of-text follows it.
         """
-        prompt = prompt or [self.eot]
-        longest = max((len(c) for c in completions), default=0)
-        keep = max(self.block_size - longest, self.block_size // 2)
-        cut = [c[: self.block_size - min(len(prompt), keep)] for c in completions]
-        if len(completions) > 1 and len(set(map(tuple, cut))) < 2:
+        prompt = prompt if len(prompt) else [self.eot]
+        lengths = [len(c) for c in completions]
+        keep = max(self.block_size - max(lengths, default=0), self.block_size // 2)
+        room = self.block_size - min(len(prompt), keep)
+        cut = [np.asarray(c[:room], np.int32) for c in completions]
+        if len(cut) > 1 and len({c.tobytes() for c in cut}) < 2:
             self.report.unusable["identical within block_size"] += 1
             return False
+        whole = [n <= room for n in lengths]
         self.report.cut_prompts += len(prompt) > keep
-        self.report.cut_completions += sum(
-            len(a) < len(b) for a, b in zip(cut, completions, strict=True)
-        )
-        whole = [ended and len(a) == len(b) for a, b in zip(cut, completions, strict=True)]
-        self.put(prompt[-keep:], cut, whole, rewards)
+        self.report.cut_completions += whole.count(False)
+        self.put(prompt[-keep:], cut, [ended and w for w in whole], rewards)
         return True
 
-    def put(
-        self, prompt: list[int], completions: list[list[int]], ended: list[bool], rewards=None
-    ) -> None:
+    def put(self, prompt, completions: list, ended: list[bool], rewards=None) -> None:
         """Add a group as it is: drawn completions fit already, and equal ones are two draws."""
-        self.segments += [prompt, *completions]
-        self.first.append(len(self.segments))
+        self.segments += [np.asarray(ids, np.int32) for ids in (prompt, *completions)]
+        self.n_segments += 1 + len(completions)
+        self.n_groups += 1
+        self.first.append(self.n_segments)
         self.ended += [False, *ended]
         self.rewards += [math.nan, *(rewards or [math.nan] * len(completions))]
+        if len(self.segments) >= 4096:
+            self.flush()
+
+    def add_text(self, text: np.ndarray, last: bool = False) -> None:
+        """Add running text in blocks, in each of which every token is predicted once, after its
+        predecessor. What fills no block waits for more text, unless this is the last."""
+        text, step = np.concatenate([self.text, text]), self.block_size - 1
+        stop = len(text) - 1 if last else (len(text) - 1) // step * step
+        for start in range(0, stop, step):
+            block = text[start : start + step + 1]
+            self.add(block[:1], [block[1:]], ended=False)
+        self.text = text[stop:].copy()  # a view would keep the whole text alive
+
+    def flush(self) -> None:
+        if self.segments:
+            offsets = self.n_tokens + np.cumsum([len(x) for x in self.segments])
+            self.n_tokens = offsets[-1]
+            tokens = np.concatenate(self.segments)
+            self.write(tokens, offsets, self.first, self.ended, self.rewards)
+            self.segments, self.first, self.ended, self.rewards = [], [], [], []
+
+    def write(self, tokens=(), offsets=(), first=(), ended=(), rewards=()) -> None:
+        parts = (tokens, offsets, first, ended, rewards)
+        for (name, dtype), part in zip(DTYPES.items(), parts, strict=True):
+            part = np.asarray(part, dtype)
+            if self.folder:
+                with open(self.folder / name, "ab") as file:
+                    file.write(part)
+            else:
+                self.memory[name].write(part)
 
     def groups(self) -> Groups:
-        lengths = np.fromiter(map(len, self.segments), np.int64, len(self.segments))
-        tokens = np.empty(int(lengths.sum()), np.int32)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        for segment, start in zip(self.segments, offsets, strict=False):
-            tokens[start : start + len(segment)] = segment
-        arrays = (
-            np.array(self.first),
-            np.array(self.ended, bool),
-            np.array(self.rewards, np.float64),
-        )
-        return Groups(tokens, offsets, *arrays, self.eot)
+        self.flush()
+        if self.folder:
+            return map_groups(self.folder, self.eot)
+        arrays = (np.frombuffer(self.memory[name].getbuffer(), t) for name, t in DTYPES.items())
+        return Groups(*arrays, self.eot)
+
+
+def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """encode_ordinary as an int32 array: a tenth of a list's memory."""
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=()).view(np.int32)
+    except UnicodeEncodeError:  # half a surrogate pair, which encode_ordinary replaces
+        return np.array(encoding.encode_ordinary(text), np.int32)
 
 
 def read_groups(
-    paths: list, encoding: tiktoken.Encoding, block_size: int, use: str = "preference"
+    paths: list,
+    encoding: tiktoken.Encoding,
+    block_size: int,
+    use: str = "preference",
+    cache: str | Path | None = None,
 ) -> tuple[Groups, Report]:
     """All usable rows of the files as groups, in file order, and what was left out.
 
     use: `preference` (pairs, or completions with rewards), `sft` (K = 1: the completion, the
-    chosen, or the one with the highest reward; running text in blocks), `prompt` (K = 0). Raises
-    InputError for a file or row that cannot be read, or if nothing is usable.
+    chosen, or the one with the highest reward; running text in blocks), `prompt` (K = 0). cache: a
+    folder that keeps the arrays, memory-mapped: a corpus may exceed memory, and the next call with
+    the same content, tokenizer, block_size and use finds them there. Raises InputError for a file
+    or row that cannot be read, if nothing is usable, or for a cache that cannot be written.
     """
     if block_size < 2:
         raise InputError(f"block_size must be at least 2, got {block_size}")
+    build = functools.partial(build_groups, paths, encoding, block_size, use)
+    if cache is None:
+        return build()
+    store = Path(cache) / store_key(paths, encoding, block_size, use)
+    return open_store(store, encoding.eot_token) or build_store(store, build)
+
+
+def build_groups(
+    paths: list, encoding: tiktoken.Encoding, block_size: int, use: str, folder: Path | None = None
+) -> tuple[Groups, Report]:
+    """read_groups without a cache; folder: an empty one for the arrays, instead of memory."""
     report = Report()
-    builder = Builder(block_size, encoding.eot_token, report)
-    rows = (row for _, row in read_files(paths, use, report))
-    text = []  # running text, for blocks
-    for batch in iter(lambda: list(itertools.islice(rows, 4096)), []):
-        flat = [t for row in batch for t in [row.prompt or "", *row.completions]]
-        ids = map(encoding.encode_ordinary, flat)
-        for row in batch:
-            prompt, completions = next(ids), [next(ids) for _ in row.completions]
-            if use == "prompt":
-                builder.add(prompt, [])
-            elif use == "preference":
-                builder.add(prompt, completions, row.rewards)
+    builder = Builder(block_size, encoding.eot_token, report, folder)
+    ids = functools.partial(encode, encoding)  # in this thread: two took 1.4 times the CPU time for
+    # the same wall time, passing the GIL around
+    for row in read_files(paths, use, report):
+        if use == "prompt":
+            builder.add(ids(row.prompt), [])
+        elif use == "preference":
+            builder.add(ids(row.prompt), [ids(text) for text in row.completions], row.rewards)
+        else:
+            best = ids(row.completions[row.rewards.index(max(row.rewards)) if row.rewards else 0])
+            if row.prompt is None:
+                builder.add_text(np.append(best, np.int32(encoding.eot_token)))
             else:
-                best = row.rewards.index(max(row.rewards)) if row.rewards else 0
-                if row.prompt is None:
-                    text += [*completions[best], encoding.eot_token]
-                else:
-                    builder.add(prompt, [completions[best]])
-    before, step = [encoding.eot_token, *text], block_size - 1
-    for start in range(0, len(text), step):  # each token is predicted once, after its predecessor
-        builder.add([before[start]], [text[start : start + step]], ended=False)
-    if len(builder.first) == 1:
+                builder.add(ids(row.prompt), [best])
+    builder.add_text(np.empty(0, np.int32), last=True)
+    if not builder.n_groups:
         names = ", ".join(map(str, paths))
         raise InputError(f"{names}: nothing usable ({report})")
     return builder.groups(), report
+
+
+# ------------------------------------------------------------------------------
+# Stores: groups in a folder, one raw file an array, and a header to check them by
+
+
+STORE_VERSION = 1  # part of every key: raise it when the arrays of the same files would change
+
+
+def store_key(paths: list, encoding: tiktoken.Encoding, block_size: int, use: str) -> str:
+    """Says what the arrays are made of: contents, not names or places, of files and tokenizer."""
+    vocabulary = (encoding.name, encoding._pat_str, encoding._special_tokens)
+    words = sorted(encoding._mergeable_ranks.items())
+    files = [(file_kind(path), file_sha256(path)) for path in map(Path, paths)]
+    made_of = (STORE_VERSION, vocabulary, words, block_size, use, files)
+    return hashlib.sha256(repr(made_of).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def map_groups(folder: Path, eot: int) -> Groups:
+    return Groups(*(np.memmap(folder / name, t, "r") for name, t in DTYPES.items()), eot)
+
+
+def open_store(store: Path, eot: int) -> tuple[Groups, Report] | None:
+    """The groups and report of a finished store; None if there is none, or a damaged one."""
+    try:
+        header = json.loads((store / "header.json").read_text())
+        if header["sha256"] != {name: file_sha256(store / name) for name in DTYPES}:
+            return None
+        report = Report(**header["report"] | {"unusable": Counter(header["report"]["unusable"])})
+        return map_groups(store, eot), report
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def build_store(store: Path, build: Callable) -> tuple[Groups, Report]:
+    """build(folder=...) in a new folder, renamed to `store` when complete: whoever opens `store`
+    sees all of it or nothing. A killed process leaves its folder `tmp*` behind."""
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=store.parent) as temporary:
+            folder = Path(temporary) / "store"
+            folder.mkdir()
+            groups, report = build(folder=folder)
+            header = {
+                "report": vars(report),
+                "sha256": {name: file_sha256(folder / name) for name in DTYPES},
+            }
+            (folder / "header.json").write_text(json.dumps(header, indent=2) + "\n")
+            if open_store(store, groups.eot) is None:
+                shutil.rmtree(store, ignore_errors=True)  # damaged
+            with contextlib.suppress(OSError):  # another process was quicker: its store will do,
+                folder.rename(store)  # and our arrays stay mapped, even once deleted
+            return groups, report
+    except OSError as error:
+        raise InputError(f"cannot write to {store.parent}: {error.strerror or error}") from error
 
 
 # ------------------------------------------------------------------------------
@@ -571,11 +711,10 @@ def collate(groups: Groups, ids: np.ndarray, round_to: int = 1) -> Batch:
 
     ids = np.asarray(ids)
     segment, mask = groups.grid(ids)
-    (B, K), prompt, length = segment.shape, groups.first[ids], np.diff(groups.offsets)
-    prefix_len = length[prompt] - 1
-    inputs = np.where(
-        mask, length[segment] + groups.ended[segment], 0
-    )  # (B, K) tokens read = scored
+    (B, K), prompt = segment.shape, groups.first[ids]
+    prefix_len = groups.offsets[prompt + 1] - groups.offsets[prompt] - 1
+    length = groups.offsets[segment + 1] - groups.offsets[segment]  # (B, K)
+    inputs = np.where(mask, length + groups.ended[segment], 0)  # (B, K) tokens read = scored
     P, T = rounded(int(prefix_len.max())), rounded(int(inputs.max()) + 1)
     n_prefix, n = int(prefix_len.sum()), int(prefix_len.sum() + inputs.sum())
     L = rounded(n + 1)
@@ -585,7 +724,7 @@ def collate(groups: Groups, ids: np.ndarray, round_to: int = 1) -> Batch:
     c_row, c_col = np.repeat(np.arange(B * K), inputs.ravel()), ragged_arange(inputs.ravel())
     start = groups.offsets[segment].ravel()[c_row]
     last_of_prompt = groups.offsets[prompt + 1][c_row // K] - 1
-    at_end = c_col == length[segment].ravel()[c_row]
+    at_end = c_col == length.ravel()[c_row]
 
     idx, pos = np.zeros(L, np.int64), np.zeros(L, np.int64)
     idx[:n_prefix] = groups.tokens[groups.offsets[prompt][row] + col]
