@@ -381,8 +381,9 @@ WANTED = {  # what each use of a file accepts, and how the error names it
 }
 
 
-def read_files(paths: list, use: str, report: Report) -> Iterator[Row]:
-    """Every usable row of every file, for one `use` of WANTED; the report counts the rest."""
+def read_files(paths: list, use: str, report: Report) -> Iterator[tuple[str, Row]]:
+    """(place, Row) of every usable row of every file, for one `use` of WANTED; the report counts
+    the rest."""
     kinds, wanted = WANTED[use]
     for path in paths:
         before = report.rows
@@ -397,7 +398,7 @@ def read_files(paths: list, use: str, report: Report) -> Iterator[Row]:
                 raise InputError(f"{place}: {error}") from None
             if row.kind not in kinds or (use == "prompt" and row.prompt is None):
                 raise InputError(f"{place}: expected {wanted}, got fields {sorted(value)}")
-            yield row
+            yield place, row
         if report.rows == before:
             raise InputError(f"{path}: the file is empty")
 
@@ -591,7 +592,7 @@ def build_groups(
     builder = Builder(block_size, encoding.eot_token, report, folder)
     ids = functools.partial(encode, encoding)  # in this thread: two took 1.4 times the CPU time for
     # the same wall time, passing the GIL around
-    for row in read_files(paths, use, report):
+    for _, row in read_files(paths, use, report):
         if use == "prompt":
             builder.add(ids(row.prompt), [])
         elif use == "preference":
