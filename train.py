@@ -22,7 +22,7 @@ import argparse
 import dataclasses
 import json
 import math
-import os.path
+import os
 import sys
 from dataclasses import dataclass, field
 
@@ -46,6 +46,10 @@ class Settings:
     eval_data: list[str] = flag((), "held-out files")
     encoding: str | None = flag(
         None, "bytes, a tiktoken name or module:function (--init's, or bytes; Hugging Face: gpt2)"
+    )
+    cache: str = flag(
+        os.environ.get("EXO_CACHE", "out/cache"),
+        "keeps tokenized files and reference log-probs for later runs; '' keeps none",
     )
     # model
     init: str = flag(
@@ -261,8 +265,8 @@ if __name__ == "__main__":
 
 # ruff: noqa: E402
 import contextlib
+import hashlib
 import inspect
-import os
 import resource
 import signal
 import time
@@ -532,7 +536,7 @@ def check_run(s: Settings) -> None:
     if not (out / "settings.json").is_file() or not (out / "ckpt.pt").is_file():
         raise InputError(f"--resume: {out} holds no run with a checkpoint")
     before = json.loads((out / "settings.json").read_text())
-    free = {"out", "resume", "overwrite", "device", "compile", "dump_eval", "fsdp"}
+    free = {"out", "resume", "overwrite", "device", "compile", "dump_eval", "fsdp", "cache"}
     changed = [k for k, v in before.items() if k not in free and settings.get(k) != v]
     if changed:
         raise InputError(f"--resume: the run in {out} has another --{', --'.join(changed)}")
@@ -1386,7 +1390,7 @@ def log_targets(groups: Groups, beta_r: float, label_smoothing: float) -> Tensor
     ids = np.arange(len(groups))
     segment, mask = map(torch.from_numpy, groups.grid(ids))
     pair = torch.from_numpy(groups.is_pair())
-    target = exo.reward_target(torch.from_numpy(groups.rewards)[segment], beta_r, mask)
+    target = exo.reward_target(torch.from_numpy(groups.rewards[segment.numpy()]), beta_r, mask)
     target[pair, :2] = exo.preference_target(label_smoothing)
     out = torch.zeros(len(groups.rewards), dtype=torch.float64)
     out[segment[mask]] = target[mask]
