@@ -265,6 +265,7 @@ if __name__ == "__main__":
 
 # ruff: noqa: E402
 import contextlib
+import functools
 import hashlib
 import inspect
 import resource
@@ -555,6 +556,33 @@ def open_run(s: Settings) -> None:
     write_json(out / "settings.json", plain(s))
 
 
+def weights_digest(module: torch.nn.Module) -> str:
+    """sha256 over names and values of all weights."""
+    sha = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def read_stored(path: Path) -> Tensor | None:
+    """float64 numbers behind their sha256; None if there is no such file, or a damaged one."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        return None
+    return torch.frombuffer(bytearray(content[32:]), dtype=torch.float64)
+
+
+def write_stored(path: Path, values: Tensor) -> None:
+    make_folder(path.parent)
+    content = values.numpy().tobytes()
+    with replacing(path) as temporary:
+        temporary.write_bytes(hashlib.sha256(content).digest() + content)
+
+
 # ------------------------------------------------------------------------------
 # Setting up
 
@@ -817,8 +845,13 @@ class Task:
         """The module before DDP, fully_shard or compile wrap it."""
         return Scorer(self.gpt, self.temperature)
 
-    def read(self, paths: list[str], use: str) -> Groups:
-        groups, report = read_groups(paths, self.encoding, self.gpt.config.block_size, use)
+    def read(self, paths: list[str], use: str, spare: int = 0) -> Groups:
+        """The files' groups, cut to `spare` tokens less than block_size."""
+        block, cache = self.gpt.config.block_size - spare, self.s.cache or None
+        ask = functools.partial(read_groups, paths, self.encoding, block, use, cache)
+        if cache and world() > 1:
+            only_first(lambda: ask() and None)  # the others open what it has stored
+        groups, report = ask()
         say(f"{', '.join(map(str, paths))}: {report}")
         return groups
 
@@ -920,12 +953,8 @@ class Reward(Task):
     def make_module(self) -> torch.nn.Module:
         return RewardModel(self.gpt)
 
-    def read(self, paths: list[str], use: str) -> Groups:
-        # one position is kept for the end of text, which a reward model reads
-        block = self.gpt.config.block_size - 1
-        groups, report = read_groups(paths, self.encoding, block, use)
-        say(f"{', '.join(map(str, paths))}: {report}")
-        return to_rate(groups)
+    def read(self, paths: list[str], use: str, spare: int = 1) -> Groups:
+        return to_rate(super().read(paths, use, spare))  # it reads the end of text, too
 
     def prepare(self, ids: np.ndarray) -> None:
         self.log_target = log_targets(self.groups, 1.0, 0.0).to(self.device)
@@ -1093,11 +1122,31 @@ class Preference(Alignment):
 
     def prepare(self, ids: np.ndarray) -> None:
         scorer = self.reference()  # the policy may be further already, if resumed
-        self.ref_logps = score(scorer, self.groups, self.s, self.device, ids, "reference").to(
-            self.device
-        )
+        self.ref_logps = self.stored_logps(scorer, self.groups, ids).to(self.device)
         if self.eval_groups is not None:
-            self.eval_ref = score(scorer, self.eval_groups, self.s, self.device, None, "reference")
+            self.eval_ref = self.stored_logps(scorer, self.eval_groups)
+
+    def stored_logps(self, scorer: Scorer, groups: Groups, ids: np.ndarray | None = None) -> Tensor:
+        """score(scorer, groups, ids), from --cache if an earlier run asked the same.
+
+        The key holds everything that a bit of the result depends on (also which groups share a
+        batch), so that a run is the same with and without the cache.
+        """
+        s, device = self.s, self.device
+        compute = functools.partial(score, scorer, groups, s, device, ids, "reference")
+        if not s.cache:
+            return compute()
+        key = hashlib.sha256(repr([
+            *(groups.digest(), weights_digest(scorer), self.temperature, compute_dtype(s, device)),
+            *(device.type, torch.__version__, torch.get_num_threads(), scorer.gpt.config),
+            *(s.micro_batch_size or s.batch_size, None if ids is None else ids.tolist()),
+        ]).encode())  # fmt: skip
+        path = Path(s.cache) / f"reference-{key.hexdigest()}"
+        found = only_first(read_stored, path)
+        if found is None:
+            found = compute()
+            only_first(write_stored, path, found)
+        return found
 
     def weigh(self, batch) -> int:
         return len(batch.mask)

@@ -96,8 +96,17 @@ def assert_same_run(a: Path, b: Path, tolerance: float) -> None:
         assert y == pytest.approx(x, rel=1e3 * tolerance, abs=1e3 * tolerance)
 
 
+ONLINE = tuple("--reward tests.test_distributed:reward --K 3 --round_iters 2".split())
+
+
+def reward(prompt: str, completion: str) -> float:
+    return completion.count("a") - 0.1 * len(completion)
+
+
 CASES = [("sft", "float64", ()), ("exo", "float64", ()), ("exo", "float32", ())]
 CASES += [("exo", "float64", ("--fsdp",)), ("dpo", "float64", ("--gradient_checkpointing",))]
+CASES += [("reward", "float64", ()), ("reward", "float64", ("--fsdp",))]
+CASES += [("exo", "float64", (*ONLINE, "--online")), ("ppo", "float64", ONLINE)]
 
 
 @pytest.mark.parametrize(("stage", "dtype", "more"), CASES)

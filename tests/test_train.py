@@ -155,6 +155,42 @@ def test_micro_batches_give_the_gradient_of_the_large_batch(files, tmp_path):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 
+def test_reference_log_probs_are_kept_for_later_runs(files, tmp_path, monkeypatch):
+    """A second run with other betas asks nothing of the reference, and ends where it would have
+    ended without a cache; another temperature, dtype or damage asks again."""
+    asked = []
+    score = train.score
+
+    def counting(module, *args, **kwargs):
+        asked.append(args[-1] == "reference")
+        return score(module, *args, **kwargs)
+
+    monkeypatch.setattr(train, "score", counting)
+    cache = tmp_path / "cache"
+
+    def run(name: str, *more: str, kept=cache) -> int:
+        asked.clear()
+        argv = ["exo", "--data", files["pairs"], "--init", files["sft"], *SHORT, "--kl_samples"]
+        argv += ["0", "--eval_data", files["rewards"], "--cache", str(kept)]
+        assert train.main([*argv, "--out", str(tmp_path / name), *more]) == 0
+        return sum(asked)
+
+    assert run("first") == 2  # training and held-out rows
+    assert run("second", "--beta_pi", "0.5", "--learning_rate", "1e-2") == 0
+    assert run("alone", "--beta_pi", "0.5", "--learning_rate", "1e-2", kept="") == 2
+    a, b = (train.load_checkpoint(tmp_path / name)["model"] for name in ("second", "alone"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert run("warm", "--temperature", "0.5") == 2
+    assert run("wide", "--dtype", "float64") == 2
+    for file in cache.glob("reference-*"):
+        content = bytearray(file.read_bytes())
+        content[40] ^= 1
+        file.write_bytes(content)
+    assert run("again") == 2
+    a, b = (train.load_checkpoint(tmp_path / name)["model"] for name in ("first", "again"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_reference_log_probs_are_computed_only_for_rows_that_will_be_read(files, tmp_path):
     s = train.Settings("exo", data=[files["pairs"]], init=files["sft"])
     task = train.Preference(s, torch.device("cpu"))
