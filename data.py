@@ -145,8 +145,8 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 class Row(NamedTuple):
-    """A checked row. kind: `pair` (completions = chosen, rejected), `rewards`, `sft` or
-    `prompt`."""
+    """A checked row. kind: `pair` (completions = chosen, rejected), `rewards`, `samples` (none
+    yet), `sft` or `prompt`."""
 
     kind: str
     prompt: str | None  # None: running text, no prompt
@@ -210,16 +210,18 @@ def parse_pair(row: dict) -> Row:
 
 
 def parse_rewards(row: dict) -> Row:
-    """K completions and their rewards."""
-    completions, rewards = row.get("completions"), row.get("rewards")
+    """K completions and their rewards, or none yet."""
+    completions, rewards = row.get("completions"), row.get("rewards", [])
     for name, value in (("completions", completions), ("rewards", rewards)):
         if not isinstance(value, list):
             raise InputError(f"field {name!r} must be a list, got {describe(value)}")
-    if len(completions) != len(rewards):
-        raise InputError(f"{len(completions)} completions but {len(rewards)} rewards")
     for text in completions:
         if not isinstance(text, str):
             raise InputError(f"a completion must be a string, got {describe(text)}")
+    if "rewards" not in row:  # as sample.py writes them: an empty one is a draw, too
+        return Row("samples", prompt_text(row), completions)
+    if len(completions) != len(rewards):
+        raise InputError(f"{len(completions)} completions but {len(rewards)} rewards")
     for r in rewards:
         if isinstance(r, bool) or not isinstance(r, int | float) or not abs(r) < 1e30:
             raise InputError(f"a reward must be a finite number, got {describe(r)}")
@@ -377,7 +379,8 @@ class Report:
 WANTED = {  # what each use of a file accepts, and how the error names it
     "preference": ({"pair", "rewards"}, "preference pairs or completions with rewards"),
     "sft": ({"pair", "rewards", "sft"}, "text, or prompts with completions"),
-    "prompt": ({"pair", "rewards", "sft", "prompt"}, "prompts"),
+    "score": ({"pair", "rewards", "sft", "samples"}, "text, or prompts with completions"),
+    "prompt": ({"pair", "rewards", "sft", "samples", "prompt"}, "prompts"),
 }
 
 

@@ -2,12 +2,19 @@
 Text from a checkpoint: prompts in, n completions of each out.
 
     python sample.py out/exo --prompt "How do I boil an egg?" -n 3
-    python sample.py out/exo --prompts rows.jsonl -n 8 --out samples.jsonl
+    python sample.py out/sft --prompts rows.jsonl -n 8 --out samples.jsonl
+    python sample.py out/sft --score samples.jsonl --reward out/reward --out scored.jsonl
+    python train.py exo --data scored.jsonl --init out/sft
+    python sample.py out/sft --prompts rows.jsonl --best_of 16 --reward out/reward --out best.jsonl
     python sample.py out/exo --export out/exo_hf          (a folder that `transformers` loads)
 
 --prompts takes every row format of data.py and reads only the prompts. Without a prompt the text
-starts at [end of text]. Draws depend on --seed and on a prompt's place among the prompts, never on
-its batch mates: --batch_size changes speed and nothing else.
+starts at [end of text]. A draw depends on --seed and on its prompt's place among the prompts, never
+on its batch mates: --batch_size changes speed and nothing else.
+
+--out is written row by row. A stopped command, given again, goes on: it skips the rows whose prompt
+(and, with --score, completions) the file has already. `torchrun` shares the prompts of a batch over
+its processes.
 """
 
 import argparse
@@ -20,43 +27,191 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="run folder, .pt file or Hugging Face GPT-2 folder")
-    parser.add_argument("--encoding", help="of a Hugging Face folder that does not say (gpt2)")
-    parser.add_argument(
-        "--export", metavar="FOLDER", help="write a Hugging Face folder instead of sampling"
-    )
-    parser.add_argument("--prompt", help="one prompt")
-    parser.add_argument("--prompts", metavar="FILE", help="a file of rows with prompts")
-    parser.add_argument("-n", type=int, default=1, help="completions of each prompt")
-    parser.add_argument(
-        "--out", metavar="FILE", help="write rows {prompt, completions} as JSONL here"
-    )
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest completion")
-    parser.add_argument("--temperature", type=float, help="0: likeliest token (the checkpoint's)")
-    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
-    parser.add_argument("--batch_size", type=int, default=32, help="prompts at once")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cuda, mps or cpu (the first there is)")
+    add = parser.add_argument
+    add("checkpoint", help="run folder, .pt file or Hugging Face GPT-2 folder")
+    add("--encoding", help="of a Hugging Face folder that does not say (gpt2)")
+    add("--export", metavar="FOLDER", help="write a Hugging Face folder instead of sampling")
+    add("--prompt", help="one prompt")
+    add("--prompts", metavar="FILE", help="a file of rows with prompts")
+    add("--score", metavar="FILE", help="rate the completions of these rows instead of sampling")
+    add("--reward", metavar="SPEC", help="reward model's run folder, or module:function")
+    add("-n", type=int, default=1, help="completions of each prompt")
+    add("--best_of", type=int, metavar="N", help="each completion is the best of N by --reward")
+    add("--out", metavar="FILE", help="write rows {prompt, completions, ...} as JSONL here")
+    add("--overwrite", action="store_true", help="replace --out instead of going on with it")
+    add("--max_new_tokens", type=int, default=128, help="longest completion")
+    add("--temperature", type=float, help="0: likeliest token (the checkpoint's)")
+    add("--top_k", type=int, help="draw from the k likeliest tokens only")
+    add("--batch_size", type=int, default=32, help="prompts at once")
+    add("--seed", type=int, default=0)
+    add("--device", help="cuda, mps or cpu (the first there is)")
+    add("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on cuda, else float32")
     args = parser.parse_args(argv)
-    if args.prompt is not None and args.prompts:
-        parser.error("give --prompt or --prompts, not both")
-    if args.export and (args.prompt is not None or args.prompts or args.out):
-        parser.error("--export samples nothing: leave out --prompt, --prompts and --out")
-    for name in ("n", "max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"{name} must be at least 1")
+    for ok, sentence in rules(args):
+        if not ok:
+            parser.error(sentence)
     return args
+
+
+def rules(args: argparse.Namespace):
+    """(holds, what to say if not), one for each way in which arguments can contradict."""
+    asked = args.prompt is not None or args.prompts
+    yield not (args.prompt is not None and args.prompts), "give --prompt or --prompts, not both"
+    sampling = asked or args.out or args.score
+    ok = not (args.export and sampling)
+    yield ok, "--export samples nothing: leave out --prompt, --prompts, --score and --out"
+    yield not (args.score and asked), "--score brings its own prompts: leave out --prompt(s)"
+    yield not (args.score and args.best_of), "--score draws nothing: leave out --best_of"
+    yield not (args.score and args.temperature == 0), "--score needs a temperature above 0"
+    yield not args.best_of or args.reward, "--best_of needs --reward to know the best"
+    for name in ("n", "max_new_tokens", "batch_size", "best_of"):
+        value = getattr(args, name)
+        yield value is None or value >= 1, f"{name} must be at least 1"
 
 
 if __name__ == "__main__":
     parse(sys.argv[1:])  # --help and mistakes are answered before the slow imports
 
 # ruff: noqa: E402
+import contextlib
+import os
+from collections import Counter
+
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import InputError, Report, get_encoding, hugging_face_tokenizer, read_files
-from train import load_gpt, pick_device, replacing, write_json
+from data import (
+    Builder,
+    InputError,
+    Report,
+    Row,
+    get_encoding,
+    hugging_face_tokenizer,
+    read_files,
+    read_rows,
+)
+from model import Scorer
+from train import (
+    autocast,
+    gather,
+    load_gpt,
+    load_reward,
+    make_folder,
+    only_first,
+    processes,
+    rank,
+    replacing,
+    say,
+    score,
+    world,
+    write_json,
+)
+
+
+class Sampler:
+    """A checkpoint and a reward, and what they make of prompts: rows as dicts."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device, args.micro_batch_size = args, device, None  # as train.score asks
+        self.gpt, ckpt = load_gpt(args.checkpoint, device, args.encoding)
+        self.encoding = get_encoding(ckpt["encoding"])
+        self.temperature = ckpt["temperature"] if args.temperature is None else args.temperature
+        self.reward = load_reward(args.reward, device) if args.reward else None
+
+    # sampling
+
+    def room(self) -> int:
+        """How long a prompt may be."""
+        new, block = self.args.max_new_tokens, self.gpt.config.block_size
+        if new >= block:
+            raise InputError(
+                f"--max_new_tokens {new} leaves no room for a prompt: block_size is {block}"
+            )
+        return block - new
+
+    def tokens(self, prompt: str) -> list[int]:
+        ids = self.encoding.encode_ordinary(prompt) or [self.encoding.eot_token]
+        return ids[-self.room() :]
+
+    def draw(self, prompts: list[tuple[int, str]], n: int) -> list[list[list[int]]]:
+        """n completions of each (place, prompt), as token ids; processes share the prompts."""
+        args, out = self.args, {}
+        mine = prompts[rank() :: world()]
+        if mine:
+            try:
+                with autocast(args, self.device):
+                    ys = self.gpt.generate(
+                        *([self.tokens(x) for _, x in mine], args.max_new_tokens, n),
+                        *(self.temperature, args.top_k, self.encoding.eot_token),
+                        uniform=torch.cat([self.uniform(place, n) for place, _ in mine]),
+                    )
+            except ValueError as error:  # a bad temperature or top_k
+                raise InputError(str(error)) from error
+            out = {place: ys[i * n : (i + 1) * n] for i, (place, _) in enumerate(mine)}
+        drawn = dict(item for part in gather(out) for item in part.items())
+        return [drawn[place] for place, _ in prompts]
+
+    def uniform(self, place: int, n: int) -> torch.Tensor:
+        seed = np.random.SeedSequence([self.args.seed, place]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(seed))
+        return torch.rand(n, self.args.max_new_tokens, generator=generator)
+
+    def sample(self, prompts: list[tuple[int, str]]) -> list[dict]:
+        """A row {prompt, completions, rewards (with --reward)} for each (place, prompt)."""
+        each = self.args.best_of or 1
+        drawn = self.draw(prompts, self.args.n * each)
+        eot = self.encoding.eot_token
+        ended = [[y[-1] == eot for y in ys] for ys in drawn]
+        texts = [
+            [self.encoding.decode(y[: len(y) - e]) for y, e in zip(ys, es, strict=True)]
+            for ys, es in zip(drawn, ended, strict=True)
+        ]
+        rows = [{"prompt": x, "completions": ys} for (_, x), ys in zip(prompts, texts, strict=True)]
+        return [best(row, each) for row in self.rate(rows, ended)] if self.reward else rows
+
+    def rate(self, rows: list[dict], ended=None) -> list[dict]:
+        """The rows with `rewards`."""
+        flat = [(row["prompt"], y) for row in rows for y in row["completions"]]
+        prompts, completions = map(list, zip(*flat, strict=True))
+        ended = None if ended is None else [e for es in ended for e in es]
+        rewards = iter(self.reward(prompts, completions, ended).tolist())
+        return [row | {"rewards": [next(rewards) for _ in row["completions"]]} for row in rows]
+
+    # scoring
+
+    def score(self, rows: list[Row]) -> list[dict]:
+        """The rows with `logps`, log pi of each completion (end of text included), and their
+        rewards: those of --reward, or those they have. Long rows are cut as in training."""
+        builder = Builder(self.gpt.config.block_size, self.encoding.eot_token, Report())
+        for row in rows:
+            prompt = self.encoding.encode_ordinary(row.prompt or "")
+            for y in row.completions:
+                builder.add(prompt, [self.encoding.encode_ordinary(y)])
+        scorer, groups = Scorer(self.gpt, self.temperature), builder.groups()
+        logps = iter(score(scorer, groups, self.args, self.device)[1::2].tolist())
+        out = []
+        for row in rows:
+            ys = list(row.completions)
+            own = [next(logps) for _ in ys]
+            out.append({"prompt": row.prompt or "", "completions": ys, "logps": own})
+            if row.rewards and not self.reward:
+                out[-1]["rewards"] = list(row.rewards)
+            elif row.kind == "pair" and not self.reward:  # stays a pair
+                chosen, rejected = out[-1].pop("completions")
+                out[-1] |= {"chosen": chosen, "rejected": rejected}
+        return self.rate(out) if self.reward else out
+
+
+def best(row: dict, of: int) -> dict:
+    """Of every `of` completions of a row the one with the highest reward; of equals, the first."""
+    rewards = row["rewards"]
+    top = [max(range(i, i + of), key=rewards.__getitem__) for i in range(0, len(rewards), of)]
+    return row | {name: [row[name][k] for k in top] for name in ("completions", "rewards")}
+
+
+# ------------------------------------------------------------------------------
+# Rows in, rows out
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -64,40 +219,98 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         return [args.prompt or ""]
     report = Report()
     prompts = [row.prompt for _, row in read_files([args.prompts], "prompt", report)]
-    print(f"{args.prompts}: {report}", file=sys.stderr)
+    say(f"{args.prompts}: {report}", sys.stderr)
     return prompts
 
 
-def sample(args: argparse.Namespace):
-    """Yields (prompt, its n completions) as text, batch by batch."""
-    gpt, ckpt = load_gpt(args.checkpoint, pick_device(args.device), args.encoding)
-    encoding = get_encoding(ckpt["encoding"])
-    room = gpt.config.block_size - args.max_new_tokens
-    if room < 1:
-        raise InputError(
-            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: "
-            f"block_size is {gpt.config.block_size}"
-        )
-    prompts = read_prompts(args)
-    ids = [i or [encoding.eot_token] for i in encoding.encode_ordinary_batch(prompts)]
-    cut = sum(len(i) > room for i in ids)
-    if cut:
-        print(f"{cut} prompts cut from the left to {room} tokens", file=sys.stderr)
-    temperature = ckpt["temperature"] if args.temperature is None else args.temperature
-    generator = torch.Generator().manual_seed(args.seed)
-    starts = range(0, len(ids), args.batch_size)
-    for start in tqdm(starts, "sampling", disable=len(starts) == 1):
-        chunk = [i[-room:] for i in ids[start : start + args.batch_size]]
-        try:
-            drawn = gpt.generate(
-                *(chunk, args.max_new_tokens, args.n, temperature, args.top_k),
-                *(encoding.eot_token, generator),
-            )
-        except ValueError as error:  # a bad temperature or top_k
-            raise InputError(str(error)) from error
-        texts = [encoding.decode(y[:-1] if y[-1] == encoding.eot_token else y) for y in drawn]
-        for i in range(len(chunk)):
-            yield prompts[start + i], texts[i * args.n : (i + 1) * args.n]
+def read_scored(args: argparse.Namespace) -> list[Row]:
+    report = Report()
+    rows = [row for _, row in read_files([args.score], "score", report)]
+    say(f"{args.score}: {report}", sys.stderr)
+    return rows
+
+
+def key(prompt: str | None, completions: list) -> str:
+    """What tells a row of --out from another one."""
+    return json.dumps([prompt or "", *completions])
+
+
+def already(args: argparse.Namespace) -> Counter:
+    """How often --out has each prompt (row, for --score); a line that was cut off is removed."""
+    path, found = Path(args.out), Counter()
+    if args.overwrite or not path.exists():
+        make_folder(path.parent)
+        with replacing(path) as temporary:
+            temporary.touch()
+        return found
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with replacing(path) as temporary:
+            temporary.write_bytes(whole)
+    for place, row in read_rows(path) if path.suffix == ".jsonl" else ():
+        if not isinstance(row, dict) or "prompt" not in row:
+            raise InputError(f"{place}: --out holds something else: --overwrite replaces it")
+        texts = row.get("completions") or [row.get("chosen"), row.get("rejected")]
+        if not args.score and len(texts) != args.n:
+            raise InputError(f"{place} has {len(texts)} completions, -n is {args.n}: --overwrite?")
+        found[key(row["prompt"], texts if args.score else [])] += 1
+    if found:
+        say(f"{path}: {found.total()} rows are there already", sys.stderr)
+    return found
+
+
+def rows_of(args: argparse.Namespace, device: torch.device, done: Counter):
+    """Yields the finished rows, batch by batch, without those that are done."""
+    sampler = Sampler(args, device)
+    if args.score:
+        todo = read_scored(args)
+        keys = [key(row.prompt, row.completions) for row in todo]
+        work = sampler.score
+    else:
+        todo = list(enumerate(read_prompts(args)))
+        keys = [key(prompt, []) for _, prompt in todo]
+        lengths = [len(sampler.encoding.encode_ordinary(prompt)) for _, prompt in todo]
+        cut = sum(n > sampler.room() for n in lengths)
+        if cut:
+            say(f"{cut} prompts cut from the left to {sampler.room()} tokens", sys.stderr)
+        work = sampler.sample
+    left, done = [], Counter(done)
+    for name, item in zip(keys, todo, strict=True):
+        if done[name] > 0:
+            done[name] -= 1
+        else:
+            left.append(item)
+    size = args.batch_size * world()
+    starts = range(0, len(left), size)
+    for start in tqdm(starts, "rows", disable=len(starts) < 2 or rank() > 0):
+        yield from work(left[start : start + size])
+
+
+def write(args: argparse.Namespace, device: torch.device) -> None:
+    """Every row to --out as soon as it is there."""
+    if not args.out.endswith(".jsonl"):
+        raise InputError(f"--out {args.out}: must end in .jsonl")
+    done = only_first(already, args)
+    rows = rows_of(args, device, done)
+    file = open(args.out, "a", encoding="utf-8") if rank() == 0 else contextlib.nullcontext()  # noqa: SIM115
+    with file:
+        for row in rows:
+            if rank() == 0:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+
+
+def show(args: argparse.Namespace, device: torch.device) -> None:
+    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    for row in rows_of(args, device, Counter()):
+        texts = row.get("completions") or [row["chosen"], row["rejected"]]
+        for k, text in enumerate(texts):
+            about = [
+                f"{name[:-1]} {row[name][k]:.4g}" for name in ("logps", "rewards") if name in row
+            ]
+            say(f"{row['prompt']}{bold}{text}{plain}")
+            say("-" * 80 + " ".join(["", *about]))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -131,22 +344,16 @@ def export(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
-        if args.export:
-            export(args)
-        elif args.out is None:
-            for prompt, completions in sample(args):
-                for text in completions:
-                    print(f"{prompt}\033[1m{text}\033[0m" if sys.stdout.isatty() else prompt + text)
-                    print("-" * 80)
-        else:
-            with (
-                replacing(Path(args.out)) as temporary,
-                open(temporary, "w", encoding="utf-8") as f,
-            ):
-                for prompt, completions in sample(args):
-                    f.write(json.dumps({"prompt": prompt, "completions": completions}) + "\n")
+        with processes(args.device) as device:
+            if args.export:
+                export(args)
+            elif args.out:
+                write(args, device)
+            else:
+                show(args, device)
     except InputError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"sample.py: {error}", file=sys.stderr)
         return 2
     return 0
 

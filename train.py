@@ -365,12 +365,10 @@ def only_first(action, *args):
 
 
 @contextlib.contextmanager
-def processes(s: Settings):
+def processes(device: str | None):
     """Joins torchrun's processes, if it started us; gives this process' device."""
-    device = pick_device(s.device)
+    device = pick_device(device)
     if "RANK" not in os.environ:
-        if s.fsdp:
-            raise InputError("--fsdp needs several processes: torchrun --nproc_per_node=N train.py")
         yield device
         return
     if device.type == "cuda":
@@ -424,10 +422,13 @@ def shard(value, like: Tensor):
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
-def load_whole(module: torch.nn.Module, optimizer, model: dict, optimizer_state: dict) -> None:
-    """Weights and optimizer state of a checkpoint into a module that may be sharded."""
+def load_whole(module: torch.nn.Module, state: dict) -> None:
+    """Weights of a checkpoint into a module that may be sharded."""
     own = module.state_dict()
-    module.load_state_dict({k: shard(v, own[k]) for k, v in model.items()})
+    module.load_state_dict({k: shard(v, own[k]) for k, v in state.items()})
+
+
+def load_whole_optimizer(optimizer, optimizer_state: dict) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
         i: {k: shard(v, parameters[i]) for k, v in entry.items()}
@@ -832,9 +833,10 @@ class Task:
         self.s, self.device = s, device
         self.gpt, self.encoding_name, self.temperature = build(s)
         self.encoding = get_encoding(self.encoding_name)
-        self.gpt.to(device, torch.float64 if s.dtype == "float64" else torch.float32)
+        dtype = torch.float64 if s.dtype == "float64" else torch.float32
+        self.gpt.to(device, dtype)
         self.gpt.gradient_checkpointing = s.gradient_checkpointing
-        self.scorer = self.make_module().to(device)
+        self.scorer = self.make_module().to(device, dtype)
         self.module = wrap(self.scorer, s, device)
         use = "prompt" if s.draws else "sft" if s.stage == "sft" else "preference"
         self.rows = self.groups = self.read(s.data, use)  # what epochs walk through, what is read
@@ -991,13 +993,13 @@ class Reward(Task):
         some = evenly_spaced(len(self.rows), 512)
         segment, mask = self.rows.grid(some)
         rewards = score(self.module, self.rows, self.s, self.device, some)[segment[mask]]
-        self.scorer.head.bias -= rewards.mean()
+        self.scorer.head.bias -= rewards.mean().item()
 
     def heads(self) -> dict:
         return {"head": self.scorer.head.state_dict()}
 
     def load_state(self, state: dict) -> None:
-        self.scorer.head.load_state_dict(state["head"])
+        load_whole(self.scorer.head, state["head"])
 
 
 def to_rate(groups: Groups) -> Groups:
@@ -1034,6 +1036,7 @@ class Alignment(Task):
 
     def reference(self) -> Scorer:
         gpt, _ = load_gpt(self.s.init, self.device, self.s.encoding)
+        gpt.to(self.gpt.wte.weight.dtype)
         return Scorer(gpt, self.temperature).requires_grad_(False)
 
     def draw(self, prompts: list[list[int]], n: int, generator: torch.Generator) -> Groups:
@@ -1423,7 +1426,7 @@ class PPO(Rounds):
 
     def load_state(self, state: dict) -> None:
         for name in ("critic", "value"):
-            getattr(self.scorer, name).load_state_dict(state[name])
+            load_whole(getattr(self.scorer, name), state[name])
         super().load_state(state)
 
 
@@ -1543,7 +1546,8 @@ def fit(s: Settings, task: Task) -> int:
     if s.resume:
         check_run(s)
         ckpt = load_checkpoint(s.out)
-        load_whole(task.gpt, optimizer, ckpt["model"], ckpt["optimizer"])
+        load_whole(task.gpt, ckpt["model"])
+        load_whole_optimizer(optimizer, ckpt["optimizer"])
         task.load_state(ckpt.get("task", {}))
         state = {k: ckpt[k] for k in state}
     task.prepare(task.needed())
@@ -1658,7 +1662,7 @@ def save(out: Path, task: Task, optimizer, state: dict, better: bool) -> None:
         "encoding": task.encoding_name,
         "temperature": task.temperature,
         "stage": task.s.stage,
-        **task.heads(),
+        **full(task.heads()),
     }
     rest = state | {"optimizer": full(optimizer.state_dict()), "task": full(task.state())}
     only_first(write_checkpoint, out, weights, rest, better)
@@ -1691,7 +1695,9 @@ def main(argv: list[str] | None = None) -> int:
         out = Path(s.out)
         if (out / "ckpt.pt").exists() and not (s.resume or s.overwrite):
             raise InputError(f"{out} holds a run: give --resume, --overwrite or another --out")
-        with processes(s) as device:
+        if s.fsdp and "RANK" not in os.environ:
+            raise InputError("--fsdp needs several processes: torchrun --nproc_per_node=N train.py")
+        with processes(s.device) as device:
             task = Online if s.online else TASKS[s.stage]
             return fit(s, task(s, device))
     except InputError as error:

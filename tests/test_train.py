@@ -453,3 +453,121 @@ def test_sample_prints_text_and_says_what_is_wrong(files, capsys):
     assert "leaves no room for a prompt" in capsys.readouterr().err
     assert sample.main(["nowhere"]) == 2
     assert "no checkpoint at nowhere" in capsys.readouterr().err
+
+
+def shortest(prompt: str, completion: str) -> float:
+    return -float(len(completion))
+
+
+REWARD = "tests.test_train:shortest"
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_sample_score_train_is_three_commands(files, tmp_path):
+    samples, scored = str(tmp_path / "samples.jsonl"), str(tmp_path / "scored.jsonl")
+    draw = [files["sft"], "--prompts", files["pairs"], "-n", "3", "--max_new_tokens", "6"]
+    assert sample.main([*draw, "--out", samples]) == 0
+    assert sample.main([files["sft"], "--score", samples, "--reward", REWARD, "--out", scored]) == 0
+    for row in rows_of(Path(scored)):
+        assert row["rewards"] == [-len(y) for y in row["completions"]]
+        assert len(row["logps"]) == 3
+    argv = ["exo", "--data", scored, "--init", files["sft"], "--out", str(tmp_path / "run"), *SHORT]
+    assert train.main(argv) == 0
+
+
+def test_scores_are_the_log_probs_of_a_plain_forward_pass(files, tmp_path):
+    """End of text included, prompts not; pairs stay pairs, rewards stay if none are asked for."""
+    out = tmp_path / "scored.jsonl"
+    for kind in ("pairs", "rewards"):
+        argv = [files["sft"], "--score", files[kind], "--out", str(out), "--overwrite"]
+        assert sample.main([*argv, "--batch_size", "5", "--temperature", "0.7"]) == 0
+        gpt, ckpt = train.load_gpt(files["sft"])
+        encoding = data.get_encoding(ckpt["encoding"])
+        given = rows_of(Path(files[kind]))
+        for before, row in zip(given, rows_of(out), strict=True):
+            texts = row.get("completions") or [row["chosen"], row["rejected"]]
+            for text, logp in zip(texts, row["logps"], strict=True):
+                x = encoding.encode_ordinary(row["prompt"])
+                y = [*encoding.encode_ordinary(text), encoding.eot_token]
+                with torch.no_grad():
+                    each = (gpt(torch.tensor([x + y])) / 0.7).log_softmax(-1)[0]
+                slow = each[len(x) - 1 : -1].gather(-1, torch.tensor(y)[:, None]).sum().item()
+                assert logp == pytest.approx(slow, rel=1e-4)
+            assert {k: v for k, v in row.items() if k != "logps"} == before
+
+
+def test_best_of_keeps_the_best(files, tmp_path):
+    """The best 2 of 4 + 4 are those of the 8 drawn without it."""
+    common = [files["sft"], "--prompts", files["pairs"], "--max_new_tokens", "9"]
+    common += ["--reward", REWARD, "--out"]
+    assert sample.main([*common, str(tmp_path / "all.jsonl"), "-n", "8"]) == 0
+    assert sample.main([*common, str(tmp_path / "best.jsonl"), "-n", "2", "--best_of", "4"]) == 0
+    rows = zip(rows_of(tmp_path / "all.jsonl"), rows_of(tmp_path / "best.jsonl"), strict=True)
+    for every, top in rows:
+        r = every["rewards"]
+        assert top["rewards"] == [max(r[:4]), max(r[4:])]
+        assert top["completions"] == [every["completions"][r.index(x, i)] for x, i in
+                                      zip(top["rewards"], (0, 4), strict=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("scoring", [False, True])
+def test_a_stopped_sampling_goes_on(scoring, files, tmp_path):
+    """Cut anywhere, also within a line, and even with prompts that occur twice."""
+    rows = rows_of(Path(files["pairs"]))[:6]
+    source = write_rows(tmp_path / "rows.jsonl", [*rows, *rows])
+    argv = [files["sft"], "--batch_size", "2", "--max_new_tokens", "6", "-n", "2"]
+    argv += ["--score" if scoring else "--prompts", source, "--out"]
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    assert sample.main([*argv, str(whole)]) == 0
+    content = whole.read_bytes()
+    for size in (0, 40, len(content) // 2, len(content) - 1, len(content)):
+        part.write_bytes(content[:size])
+        assert sample.main([*argv, str(part)]) == 0
+        if scoring:  # batch mates shift sums in the last bits
+            for a, b in zip(rows_of(part), rows_of(whole), strict=True):
+                assert b["logps"] == pytest.approx(a.pop("logps"), rel=1e-5)
+                assert a == {k: v for k, v in b.items() if k != "logps"}
+        else:
+            assert part.read_bytes() == content
+
+
+def test_rows_arrive_as_they_are_finished(files, tmp_path):
+    """A reward that breaks at the third batch leaves the rows of the first two."""
+    module = tmp_path / "broken_reward.py"
+    module.write_text(
+        "calls = []\ndef reward(prompts, completions):\n    calls.append(1)\n"
+        "    return [0.0] * (len(completions) - (len(calls) == 3))\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    out = tmp_path / "out.jsonl"
+    argv = [files["sft"], "--prompts", files["pairs"], "--batch_size", "4", "--out", str(out)]
+    argv += ["--max_new_tokens", "4"]
+    assert sample.main([*argv, "--reward", "broken_reward:reward"]) == 2
+    assert len(rows_of(out)) == 8
+    assert sample.main([*argv, "--reward", "broken_reward:reward"]) == 0
+    assert len(rows_of(out)) == 24
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--best_of", "2"], "--best_of needs --reward"),
+        (["--score", "x.jsonl", "--prompt", "a"], "--score brings its own prompts"),
+        (["--score", "x.jsonl", "--best_of", "2", "--reward", REWARD], "--score draws nothing"),
+        (["--score", "x.jsonl", "--temperature", "0"], "--score needs a temperature above 0"),
+        (["--out", "x.txt"], "must end in .jsonl"),
+        (["--score", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
+        (["--prompt", "a", "--reward", "nowhere:f", "--max_new_tokens", "4"], "nowhere"),
+    ],
+)
+def test_sample_says_what_is_wrong(argv, said, files, capsys):
+    try:
+        status = sample.main([files["sft"], *argv])
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert said in error.splitlines()[-1]
