@@ -383,7 +383,9 @@ BAD_ROWS = {
     '{"prompt": "p", "chosen": [{"role": "user", "content": "x"}], "rejected": "d"}': (
         "field 'chosen' must begin with an assistant message"
     ),
-    '{"prompt": "p", "completions": ["a", "b"]}': "expected preference pairs or completions with rewards",
+    '{"prompt": "p", "completions": ["a", "b"]}': (
+        "expected preference pairs or completions with rewards"
+    ),
     '{"prompt": "p", "rewards": [1, 2]}': "field 'completions' must be a list, got null",
     '{"prompt": "p", "completions": "ab", "rewards": [1, 2]}': (
         "field 'completions' must be a list, got \"ab\""
