@@ -76,9 +76,9 @@ class Tree:
     rows of a level split evenly over the rows above it and attend to them (and to all their
     ancestors).
 
-    masks: for each level None (causal, sees all ancestors) or bool (rows, 1, time, ancestors +
-    time). cells, home: how tokens fill the padded cells and return from them; None where nothing is
-    padded.
+    masks: for each level None (causal, sees all ancestors) or (rows, 1, time, ancestors + time),
+    bool or added to the scores. cells, home: how tokens fill the padded cells and return from them;
+    None where nothing is padded.
     """
 
     def __init__(self, n_head: int, shapes: list, masks: list | None = None, cells=None, home=None):
@@ -159,6 +159,11 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     own."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where mask is True, -inf elsewhere: what attention would else make of it in each layer."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def causal_mask(time: int, keys: int, device) -> Tensor:
@@ -468,6 +473,7 @@ def packed_hidden(gpt: GPT, batch) -> Tensor:
         seen = repeat_rows(seen, B * K)[:, None, None].expand(-1, -1, T, -1)
         own = causal_mask(T, T, batch.idx.device).expand(B * K, 1, T, T)
         shapes, masks = [(B, P), *shapes], [None, torch.cat([seen, own], dim=-1)]
+        masks[1] = additive(masks[1], compute_dtype(gpt.wte.weight))
     cells = torch.cat([batch.prefix_cells.flatten(), batch.cells.flatten()])
     tree = Tree(gpt.config.n_head, shapes, masks, cells, batch.home)
     return gpt.hidden(batch.idx, batch.pos, tree)[len(batch.idx) - len(batch.targets) :]
