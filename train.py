@@ -1496,24 +1496,50 @@ def rounding(device: torch.device) -> int:
 # The loop
 
 
+SHOWN = {  # what the bar shows of a record, where it is there
+    "train": {k: k for k in ("loss", "reward", "kl")},
+    "eval": {k: f"eval_{k}" for k in ("loss", "accuracy", "reward", "kl")},
+}
+
+
 class Log:
-    """metrics.jsonl, one record a line; on resume, records after the checkpoint's step are
-    dropped."""
+    """metrics.jsonl, one record a line, and the progress bar. On resume, records after the
+    checkpoint's step are dropped. Rates are means since the last
+    record of training: drawing counts, evaluation does not."""
 
-    def __init__(self, path: Path, step: int):
-        self.file = None
-        if rank() > 0:
-            return
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        with replacing(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+    def __init__(self, s: Settings, device: torch.device, step: int, steps: int):
+        self.bar = tqdm(total=steps, initial=step, desc=s.stage, disable=rank() > 0)
+        self.device, self.limit, self.shown, self.file = device, matmul_rate(s, device), {}, None
+        if rank() == 0:
+            path = Path(s.out) / "metrics.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step]
+            with replacing(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept))
+            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
+        self.start_clock()
 
-    def write(self, record: dict) -> None:
+    def start_clock(self) -> None:
+        self.start, self.work = time.perf_counter(), np.zeros(3)  # groups, tokens, FLOPs
+
+    def rates(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.start
+        groups, tokens, flops = (x / seconds for x in total(*self.work))
+        self.start_clock()
+        rates = {"tokens_per_s": tokens, "groups_per_s": groups}
+        return rates | {"mfu": flops / (self.limit * world()), "peak_gb": peak_gb(self.device)}
+
+    def write(self, kind: str, step: int, figures: dict) -> None:
+        names = SHOWN[kind]
+        self.shown |= {names[k]: v for k, v in figures.items() if k in names}
         if self.file is not None:
+            record = {"step": step, "kind": kind, **figures}
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
+
+    def advance(self) -> None:
+        self.bar.update()
+        self.bar.set_postfix({k: f"{v:.3f}" for k, v in self.shown.items()}, refresh=False)
 
 
 class Stop:
@@ -1534,70 +1560,60 @@ class Stop:
             signal.signal(number, handler)
 
 
-EVAL_SHOWN = ("loss", "accuracy", "reward", "kl")  # on the progress bar, of those a stage has
-
-
 def fit(s: Settings, task: Task) -> int:
     """Train `task`: the one loop of every stage. Returns the exit status."""
-    steps = task.steps()
+    steps, out = task.steps(), Path(s.out)
     peak = s.learning_rate or (5e-5 if s.init else 1e-3)
     optimizer = adamw(task.scorer, s, peak)
-    state = {"step": 0, "evaluated": -1, "best": math.inf}
-    if s.resume:
-        check_run(s)
-        ckpt = load_checkpoint(s.out)
-        load_whole(task.gpt, ckpt["model"])
-        load_whole_optimizer(optimizer, ckpt["optimizer"])
-        task.load_state(ckpt.get("task", {}))
-        state = {k: ckpt[k] for k in state}
+    state = resume(s, task, optimizer) if s.resume else dict(NEW)
     task.prepare(task.needed())
     only_first(open_run, s)
-    out = Path(s.out)
-    log = Log(out / "metrics.jsonl", state["step"])
-    bar = tqdm(total=steps, initial=state["step"], desc=s.stage, disable=rank() > 0)
-    shown, limit = {}, matmul_rate(s, task.device)
-    with Stop() as stop, rescue(out, task, optimizer, state), bar:
+    log = Log(s, task.device, state["step"], steps)
+    with Stop() as stop, rescue(out, task, optimizer, state), log.bar:
         while True:
             step = state["step"]
             due = step % s.eval_interval == 0 or step == steps
             if due and step > state["evaluated"]:
                 metrics = task.evaluate(step)
-                state["evaluated"] = step
-                log.write({"step": step, "kind": "eval", **metrics})
-                better = metrics.get("loss", math.inf) < state["best"]
-                state["best"] = min(state["best"], metrics.get("loss", math.inf))
+                log.write("eval", step, metrics)
+                loss = metrics.get("loss", math.inf)
+                better = loss < state["best"]
+                state |= {"evaluated": step, "best": min(state["best"], loss)}
                 save(out, task, optimizer, state, better)
-                shown |= {f"eval_{k}": metrics[k] for k in EVAL_SHOWN if k in metrics}
+                log.start_clock()
             if step == steps or any(gather(stop.signal)):
                 break
             task.begin(step)
             rate = peak * schedule(s, step, steps)
-            start, ids = time.perf_counter(), task.ids(step)
-            loss, norm, work = update(s, task, optimizer, ids, rate)
-            state["step"] += 1
-            if state["step"] % s.log_interval == 0 or state["step"] == steps:
-                loss, tokens, flops = total(loss.item(), *work)
-                seconds = time.perf_counter() - start
-                record = {"step": state["step"], "kind": "train", "loss": loss, "lr": rate}
-                record |= {"grad_norm": full(norm).item(), "tokens_per_s": tokens / seconds}
-                record |= {"groups_per_s": len(ids) / seconds, "peak_gb": peak_gb(task.device)}
-                record |= {"mfu": flops / seconds / (limit * world())}
-                record |= task.report()
-                log.write(record)
-                shown |= {k: record[k] for k in ("loss", "reward", "kl") if k in record}
-            bar.update()
-            bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
-    bar.close()
+            loss, norm, work = update(s, task, optimizer, task.ids(step), rate)
+            log.work += work
+            state["step"] = step = step + 1
+            if step % s.log_interval == 0 or step == steps:
+                (loss,) = total(loss.item())
+                record = {"loss": loss, "lr": rate, "grad_norm": full(norm).item()}
+                log.write("train", step, record | log.rates() | task.report())
+            log.advance()
     if number := next(filter(None, gather(stop.signal)), None):
         save(out, task, optimizer, state, False)
-        say(
-            f"stopped at step {state['step']} of {steps}; the same command with --resume goes on",
-            sys.stderr,
-        )
+        said = f"stopped at step {state['step']} of {steps}; the same command with --resume goes on"
+        say(said, sys.stderr)
         return 128 + number
     task.finish()
-    say(f"{out}: {steps} steps; last evaluation {json.dumps(shown)}")
+    say(f"{out}: {steps} steps; last evaluation {json.dumps(log.shown)}")
     return 0
+
+
+NEW = {"step": 0, "evaluated": -1, "best": math.inf}  # of a run, beside weights and optimizer
+
+
+def resume(s: Settings, task: Task, optimizer) -> dict:
+    """Loads the run in --out; returns its state, as NEW has it."""
+    check_run(s)
+    ckpt = load_checkpoint(s.out)
+    load_whole(task.gpt, ckpt["model"])
+    load_whole_optimizer(optimizer, ckpt["optimizer"])
+    task.load_state(ckpt.get("task", {}))
+    return {k: ckpt[k] for k in NEW}
 
 
 @contextlib.contextmanager
@@ -1615,8 +1631,8 @@ def rescue(out: Path, task: Task, optimizer, state: dict):
 
 
 def update(s: Settings, task: Task, optimizer, ids: np.ndarray, rate: float):
-    """One optimizer step on the groups `ids`: (loss, gradient norm, (tokens read, matmul FLOPs));
-    with several processes loss and work are this one's share.
+    """One optimizer step on the groups `ids`: (loss, gradient norm, what was done: groups,
+    tokens, matmul FLOPs); with several processes loss and work are this one's share.
 
     Each process takes every world()-th group. Wrappers average gradients over processes, and want
     as many passes in each; so losses are scaled to give a mean over all that `ids` hold, and a
@@ -1643,7 +1659,7 @@ def update(s: Settings, task: Task, optimizer, ids: np.ndarray, rate: float):
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    work = sum(len(b.idx) for b in micro), sum(map(task.flops, micro))
+    work = len(mine), sum(len(b.idx) for b in micro), sum(map(task.flops, micro))
     return loss, norm, work
 
 
