@@ -6,6 +6,7 @@ Training: settings, one loop, checkpoints, and a task per stage.
     python train.py exo --data pairs.jsonl --init out/sft --out out/exo      (or dpo)
     python train.py reward --data pairs.jsonl --init out/sft --out out/rm
     python train.py ppo --data prompts.jsonl --init out/sft --reward out/rm  (or exo --online)
+    torchrun --nproc_per_node=8 train.py exo ...                             (any stage but toy)
 
 A task knows its batches, its loss and its evaluation; the loop knows steps, schedule, logging and
 saving, and nothing of methods. All randomness is a function of (seed, step), so a resumed run needs
@@ -16,6 +17,9 @@ draw their own completions (ppo, --online) keep the reference in memory.
 A run folder holds settings.json, config.json (the model's shape), ckpt.pt (the last state, to
 resume), best.pt (the weights with the lowest held-out loss) and metrics.jsonl (one record a line).
 Where completions are drawn the held-out "loss" is minus J = reward - beta KL(pi || sft).
+
+The file in order: Settings and the command line; processes; files of a run; model and optimizer;
+rewards; tasks (SFT, Reward, Preference, Online, PPO); the loop, which is `fit` and `update`.
 """
 
 import argparse
@@ -1534,8 +1538,11 @@ class Log:
         self.shown |= {names[k]: v for k, v in figures.items() if k in names}
         if self.file is not None:
             record = {"step": step, "kind": kind, **figures}
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(record) + "\n")
+                self.file.flush()
+            except OSError as error:  # a full disk
+                raise InputError(f"cannot write {self.file.name}: {error.strerror}") from error
 
     def advance(self) -> None:
         self.bar.update()
@@ -1705,6 +1712,8 @@ def main(argv: list[str] | None = None) -> int:
         if s.stage == "toy":
             from experiments import toy
 
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                raise InputError("toy runs in one process: start it without torchrun")
             make_folder(Path(s.out))
             toy.run(s.out, s.seeds, s.sweep)
             return 0
