@@ -953,7 +953,7 @@ class Reward(Task):
     K rated completions every pair with unlike rewards is compared.
 
     Only differences are learned, so the scale is the data's (log-odds of being preferred) and the
-    zero is set: mean 0 over the completions of up to 512 evenly spaced rows of the training data.
+    zero is set: mean 0 over the completions of up to 64 evenly spaced rows of the training data.
     """
 
     def make_module(self) -> torch.nn.Module:
@@ -994,7 +994,7 @@ class Reward(Task):
 
     def center(self) -> None:
         """Set the bias; it has no part in the loss."""
-        some = evenly_spaced(len(self.rows), 512)
+        some = evenly_spaced(len(self.rows), 64)
         segment, mask = self.rows.grid(some)
         rewards = score(self.module, self.rows, self.s, self.device, some)[segment[mask]]
         self.scorer.head.bias -= rewards.mean().item()
