@@ -466,12 +466,18 @@ class Builder:
         self.report.cut_completions += sum(
             len(a) < len(b) for a, b in zip(cut, completions, strict=True)
         )
-        self.segments += [prompt[-keep:], *cut]
-        self.first.append(len(self.segments))
         whole = [ended and len(a) == len(b) for a, b in zip(cut, completions, strict=True)]
-        self.ended += [False, *whole]
-        self.rewards += [math.nan, *(rewards or [math.nan] * len(cut))]
+        self.put(prompt[-keep:], cut, whole, rewards)
         return True
+
+    def put(
+        self, prompt: list[int], completions: list[list[int]], ended: list[bool], rewards=None
+    ) -> None:
+        """Add a group as it is: drawn completions fit already, and equal ones are two draws."""
+        self.segments += [prompt, *completions]
+        self.first.append(len(self.segments))
+        self.ended += [False, *ended]
+        self.rewards += [math.nan, *(rewards or [math.nan] * len(completions))]
 
     def groups(self) -> Groups:
         lengths = np.fromiter(map(len, self.segments), np.int64, len(self.segments))

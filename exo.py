@@ -214,13 +214,24 @@ def on_policy_target(
 # Around the two losses: the reward model, and how far the policy has moved
 
 
-def reward_model_loss(rewards: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Bradley-Terry: the mean of -log sigmoid(r_chosen - r_rejected), rewards (B, 2), chosen first.
+def reward_model_loss(
+    rewards: Tensor, label_smoothing: float = 0.0, better: Tensor | None = None
+) -> Tensor:
+    """Bradley-Terry: the mean of -log sigmoid(r_i - r_j) over the pairs in which i is preferred
+    to j, and then over groups (InstructGPT, arXiv:2203.02155, Eq. 1).
 
-    InstructGPT (arXiv:2203.02155) Eq. 1 at K = 2. It is dpo_loss with the reward where the log-
-    ratio was: that DPO's policy is "secretly a reward model" is this line.
+    rewards: (B, K). better: (B, K, K) bool, True where i is preferred to j; None is K = 2, chosen
+    first. A group without any pair adds 0. At K = 2 it is dpo_loss with the reward where the
+    log-ratio was: that DPO's policy is "secretly a reward model" is this function.
     """
-    return dpo_loss(rewards, torch.zeros_like(rewards), preference_target(label_smoothing))
+    if better is None:
+        better = torch.tensor([[False, True], [False, False]], device=rewards.device)
+    better = better.expand(len(rewards), *better.shape[-2:])
+    gap = rewards[:, :, None] - rewards[:, None, :]  # (B, K, K)
+    wrong = F.softplus(-gap)  # -log sigmoid(gap)
+    nll = torch.lerp(wrong, wrong + gap, label_smoothing)  # -log sigmoid(-gap) = wrong + gap
+    count = better.sum(dim=(1, 2)).clamp(min=1)
+    return (nll.masked_fill(~better, 0.0).sum(dim=(1, 2)) / count).mean()
 
 
 def kl_estimates(policy_logps: Tensor, ref_logps: Tensor) -> dict[str, Tensor]:
@@ -232,6 +243,74 @@ def kl_estimates(policy_logps: Tensor, ref_logps: Tensor) -> dict[str, Tensor]:
     """
     k1 = policy_logps - ref_logps
     return {"k1": k1, "k2": k1.square() / 2, "k3": k1 + torch.expm1(-k1)}
+
+
+# ------------------------------------------------------------------------------
+# PPO, the baseline: one decision per token, tensors (..., T); `scored` is True where a token is
+
+
+def gae(
+    rewards: Tensor, values: Tensor, scored: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates (Schulman et al. 2016, arXiv:1506.02438) and the returns that
+    the values should predict; both (..., T), 0 where nothing is scored.
+
+    values[t] is the value before token t is chosen; tokens are right padded, and the value after
+    the last one is 0, also where a text was cut.
+    """
+    advantages = []
+    following = running = torch.zeros_like(values[..., 0])  # value and advantage one token later
+    for t in reversed(range(values.size(-1))):
+        error = rewards[..., t] + gamma * following - values[..., t]
+        running = torch.where(scored[..., t], error + gamma * lam * running, 0.0)
+        following = torch.where(scored[..., t], values[..., t], 0.0)
+        advantages.append(running)
+    advantages = torch.stack(advantages[::-1], dim=-1)
+    return advantages, torch.where(scored, advantages + values, 0.0)
+
+
+def whiten(x: Tensor, scored: Tensor) -> Tensor:
+    """x shifted and scaled to mean 0 and variance 1 over the scored tokens; 0 elsewhere."""
+    mean, var = x[scored].mean(), x[scored].var(correction=0)
+    return torch.where(scored, (x - mean) * (var + 1e-8).rsqrt(), 0.0)
+
+
+def ppo_loss(
+    logps: Tensor,
+    values: Tensor,
+    old_logps: Tensor,
+    old_values: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    scored: Tensor,
+    clip: float = 0.2,
+    value_clip: float = 0.2,
+    value_coef: float = 0.5,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's loss (Schulman et al. 2017, arXiv:1707.06347, Eq. 7 and 9 without entropy), a mean over
+    scored tokens, and its figures, detached.
+
+    logps, values: per token, with gradient; old_*: the same when the texts were drawn. The ratio of
+    probabilities, and how far a value moves, stop paying off beyond 1 ± clip and ± value_clip.
+    """
+    n = scored.sum().clamp(min=1)
+
+    def mean(x: Tensor) -> Tensor:
+        return x.masked_fill(~scored, 0.0).sum() / n
+
+    change = logps - old_logps
+    ratio = change.exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    policy = mean(-torch.minimum(ratio * advantages, clipped * advantages))
+    near = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    value = mean(torch.maximum((values - returns).square(), (near - returns).square())) / 2
+    figures = {
+        "policy_loss": policy,
+        "value_loss": value,
+        "clip_fraction": mean(((ratio - 1).abs() > clip).to(ratio)),
+        "approx_kl": mean(torch.expm1(change) - change),  # KL(old || new), from draws of old
+    }
+    return policy + value_coef * value, {k: v.detach() for k, v in figures.items()}
 
 
 def _check_positive(name: str, value: float) -> None:

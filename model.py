@@ -18,6 +18,7 @@ predicts completion + [end of text]. Padding is on the right, positions are per 
 always sees at least itself.
 """
 
+import copy
 import importlib.util
 import json
 import math
@@ -384,13 +385,66 @@ class Scorer(nn.Module):
         """-> log pi of every completion token, (B, K, T), exactly 0 where nothing is scored. Sum
         over T for (B, K)."""
         x = packed_hidden(self.gpt, batch)
-        logps = token_logps(x, self.gpt.wte.weight, batch.targets, self.temperature)
-        # from tokens back to cells: the same move as in attention, over the completions alone
-        first = batch.prefix_cells.numel()
-        n_prefix = len(batch.idx) - len(batch.targets)
-        cells, home = batch.cells.flatten() - n_prefix, batch.home[n_prefix:] - first
-        logps = _Move.apply(logps, cells, home).view(batch.cells.shape)
-        return logps.masked_fill(~batch.scored, 0.0)
+        return to_cells(token_logps(x, self.gpt.wte.weight, batch.targets, self.temperature), batch)
+
+
+class ScalarHead(nn.Module):
+    """Features (..., C) -> one number each (...). It starts at 0. A product and a sum, not a
+    matmul: autocast would round the number to bfloat16's three digits."""
+
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n_embd))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).sum(dim=-1) + self.bias
+
+
+class RewardModel(nn.Module):
+    """The trunk, and a scalar head read at the last token of each completion (InstructGPT,
+    arXiv:2203.02155). Needs no LM head.
+
+    What the model must see has to be in the batch's completions: data ends them in an end-of-text
+    that is read, where a policy's is only predicted (train.to_rate). The preference loss knows
+    differences alone, so the bias is not trained but set (train.Reward.center).
+    """
+
+    def __init__(self, gpt: GPT):
+        super().__init__()
+        self.gpt, self.head = gpt, ScalarHead(gpt.config.n_embd)
+        self.head.bias.requires_grad_(False)
+
+    def forward(self, batch) -> Tensor:
+        """-> (B, K), exactly 0 where no completion is."""
+        rewards = to_cells(self.head(packed_hidden(self.gpt, batch)), batch)
+        last = (batch.scored.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+        return rewards.gather(-1, last)[..., 0]
+
+
+class ActorCritic(nn.Module):
+    """PPO's two networks in one module. The value network has a trunk of its own, a copy of the
+    policy's at the start, so that its large early errors do not pass through the policy."""
+
+    def __init__(self, gpt: GPT, temperature: float = 1.0):
+        super().__init__()
+        self.policy, self.critic = Scorer(gpt, temperature), copy.deepcopy(gpt)
+        self.value = ScalarHead(gpt.config.n_embd)
+
+    def forward(self, batch) -> tuple[Tensor, Tensor]:
+        """-> log pi of every completion token, and the value of the text before it; both (B, K, T),
+        exactly 0 where nothing is scored."""
+        values = to_cells(self.value(packed_hidden(self.critic, batch)), batch)
+        return self.policy(batch), values
+
+
+def to_cells(x: Tensor, batch) -> Tensor:
+    """A number per completion token (S,) -> (B, K, T), exactly 0 where nothing is scored."""
+    first = batch.prefix_cells.numel()
+    n_prefix = len(batch.idx) - len(batch.targets)
+    # the same move as in attention, over the completions alone
+    cells, home = batch.cells.flatten() - n_prefix, batch.home[n_prefix:] - first
+    return _Move.apply(x, cells, home).view(batch.cells.shape).masked_fill(~batch.scored, 0.0)
 
 
 def packed_hidden(gpt: GPT, batch) -> Tensor:

@@ -4,14 +4,18 @@ Training: settings, one loop, checkpoints, and a task per stage.
     python train.py                      the exact world, about a minute
     python train.py sft --data pairs.jsonl --out out/sft
     python train.py exo --data pairs.jsonl --init out/sft --out out/exo      (or dpo)
+    python train.py reward --data pairs.jsonl --init out/sft --out out/rm
+    python train.py ppo --data prompts.jsonl --init out/sft --reward out/rm  (or exo --online)
 
 A task knows its batches, its loss and its evaluation; the loop knows steps, schedule, logging and
 saving, and nothing of methods. All randomness is a function of (seed, step), so a resumed run needs
 no generator states. Reference log-probs never change: they are computed once, before the first
-step, for the rows that will be read, and no second model is in memory while training.
+step, for the rows that will be read, and no second model is in memory while training. Stages that
+draw their own completions (ppo, --online) keep the reference in memory.
 
 A run folder holds settings.json, config.json (the model's shape), ckpt.pt (the last state, to
 resume), best.pt (the weights with the lowest held-out loss) and metrics.jsonl (one record a line).
+Where completions are drawn the held-out "loss" is minus J = reward - beta KL(pi || sft).
 """
 
 import argparse
@@ -22,7 +26,7 @@ import os.path
 import sys
 from dataclasses import dataclass, field
 
-STAGES = ("toy", "sft", "exo", "dpo")
+STAGES = ("toy", "sft", "reward", "exo", "dpo", "ppo")
 
 
 def flag(default, text: str):
@@ -60,8 +64,27 @@ class Settings:
     beta_pi: float = flag(0.1, "larger stays closer to the reference; 0.1 to 0.5 is usual")
     beta_r: float = flag(1.0, "temperature of rewards: small trusts them, large flattens them")
     label_smoothing: float | None = flag(
-        None, "probability that a label is wrong (exo 1e-3, dpo 0)"
+        None, "probability that a label is wrong (exo 1e-3, dpo and reward 0)"
     )
+    # rewards, and learning from completions of one's own
+    reward: str = flag(
+        "",
+        "run folder or .pt of the stage reward, or module:function of (prompt, completion) or, if "
+        "its second parameter is called `completions`, of two lists; exo, dpo: evaluation only, "
+        "unless --online",
+    )
+    online: bool = flag(False, "exo, dpo: train on completions drawn from the policy, --reward's")
+    K: int = flag(8, "ppo, --online: completions drawn of each prompt")
+    round_iters: int | None = flag(
+        None, "ppo, --online: batches of prompts drawn from one snapshot (ppo 4, --online 1: fresh)"
+    )
+    ppo_epochs: int = flag(4, "ppo: passes over the completions of a round")
+    kl_coef: float = flag(0.1, "ppo: beta of J = reward - beta KL(pi || sft), paid token by token")
+    clip: float = flag(0.2, "ppo: how far a ratio of probabilities may move in a round")
+    value_clip: float = flag(0.2, "ppo: how far a value may move in a round")
+    value_coef: float = flag(0.5, "ppo: weight of the value loss")
+    gamma: float = flag(1.0, "ppo: discount per token")
+    lam: float = flag(0.95, "ppo: lambda of the generalised advantage estimates")
     # optimisation
     batch_size: int = flag(8, "groups per optimizer step")
     micro_batch_size: int | None = flag(
@@ -78,8 +101,12 @@ class Settings:
     # evaluation
     eval_interval: int = flag(100, "steps between evaluations, each followed by a checkpoint")
     log_interval: int = flag(10, "steps between training records")
-    kl_samples: int = flag(32, "completions drawn to estimate the KL from sft; 0: none")
-    max_new_tokens: int = flag(64, "longest drawn completion; the KL is that of texts cut here")
+    kl_samples: int = flag(
+        32, "completions drawn to estimate the KL from sft, and --reward's mean; 0: none"
+    )
+    max_new_tokens: int = flag(
+        64, "longest drawn completion, half of block_size at most; the KL is that of texts cut here"
+    )
     dump_eval: str = flag("", "write a JSON line per held-out group here after the last step")
     # machine
     seed: int = flag(0, "the same seed gives the same numbers")
@@ -100,6 +127,9 @@ class Settings:
             self.label_smoothing = 1e-3 if self.loss == "exo" else 0.0
         if self.epochs is None and self.max_iters is None:
             self.epochs = 1.0
+        self.draws = self.online or self.stage == "ppo"  # learns from completions of its own
+        if self.draws and self.round_iters is None:
+            self.round_iters = 1 if self.online else 4
         for ok, sentence in self.rules():
             if not ok:
                 raise ValueError(sentence)
@@ -107,7 +137,7 @@ class Settings:
     def rules(self):
         """(holds, what to say if not), one for each way in which settings can contradict."""
         s = self
-        need_init, preference = s.stage in ("exo", "dpo"), s.stage in ("exo", "dpo")
+        need_init, preference = s.stage in ("exo", "dpo", "ppo"), s.stage in ("exo", "dpo")
         yield s.stage in STAGES, f"unknown stage {s.stage!r}: choose from {', '.join(STAGES)}"
         if s.stage != "toy":
             yield s.data, f"{s.stage} needs --data FILE"
@@ -120,10 +150,17 @@ class Settings:
         init, out = os.path.realpath(s.init), os.path.realpath(s.out)
         inside = s.init and out in (init, os.path.dirname(init))
         yield not (inside and s.overwrite), f"--overwrite would delete --init {s.init}"
-        yield not s.dump_eval or preference, "--dump_eval is for exo and dpo"
+        yield from s.misplaced()
+        if s.draws:
+            name = f"{s.stage} --online" if s.online else s.stage
+            yield s.reward, f"{name} needs --reward, a reward model or module:function"
+            least = 2 if s.online else 1
+            yield s.K >= least, f"--K must be at least {least} for {name}, got {s.K}"
+        elif s.reward:
+            yield s.kl_samples, "--reward rates drawn completions: --kl_samples must not be 0"
         if need_init:
             yield s.init, f"{s.stage} needs --init, a run made by `python train.py sft` or GPT-2"
-        if preference:
+        if preference or s.stage == "reward":
             low = "0 <" if s.loss == "exo" else "0 <="
             ok = 0 < s.label_smoothing < 0.5 or (s.loss != "exo" and s.label_smoothing == 0)
             why = " (at 0 the reverse KL is infinite)" if s.loss == "exo" else ""
@@ -133,20 +170,40 @@ class Settings:
         yield s.dtype in (None, "float32", "bfloat16"), "--dtype must be float32 or bfloat16"
         yield not (s.resume and s.overwrite), "give --resume or --overwrite, not both"
         yield not s.dump_eval or s.eval_data, "--dump_eval needs --eval_data"
-        for name in ("beta_pi", "beta_r", "temperature", "learning_rate", "epochs"):
+        positive = ("beta_pi", "beta_r", "temperature", "learning_rate", "epochs")
+        for name in (*positive, "clip", "value_clip"):
             value = getattr(s, name)
             ok = value is None or (value > 0 and math.isfinite(value))
             yield ok, f"--{name} must be a finite number above 0, got {value}"
         steps = ("batch_size", "micro_batch_size", "max_iters", "eval_interval", "log_interval")
+        steps += ("round_iters", "ppo_epochs")
         sizes = ("block_size", "n_layer", "n_head", "n_embd", "max_new_tokens", "seeds", "threads")
         for name in (*steps, *sizes):
             value = getattr(s, name)
             least = 2 if name == "block_size" else 1
             yield value is None or value >= least, f"--{name} must be at least {least}, got {value}"
-        for name in ("kl_samples", "weight_decay", "grad_clip", "warmup_iters", "seed"):
+        least_0 = ("kl_samples", "weight_decay", "grad_clip", "warmup_iters", "seed")
+        for name in (*least_0, "kl_coef", "value_coef"):
             value = getattr(s, name)
             yield value is None or value >= 0, f"--{name} must not be negative, got {value}"
+        for name in ("gamma", "lam"):
+            value = getattr(s, name)
+            yield 0 <= value <= 1, f"--{name} must be in [0, 1], got {value}"
         yield 0 <= s.beta2 < 1, f"--beta2 must be in [0, 1), got {s.beta2}"
+
+    def misplaced(self):
+        """Rules for flags that would not be read: they must be left at their default."""
+        preference = self.stage in ("exo", "dpo")
+        for flags, applies, where in (
+            ("online beta_pi beta_r loss", preference, "exo and dpo"),
+            ("dump_eval", preference and not self.online, "exo and dpo without --online"),
+            ("reward", preference or self.stage == "ppo", "exo, dpo and ppo"),
+            ("K round_iters", self.draws, "ppo, and exo and dpo with --online"),
+            ("ppo_epochs kl_coef clip value_clip value_coef gamma lam", self.stage == "ppo", "ppo"),
+        ):
+            for name in flags.split():
+                default = type(self).__dataclass_fields__[name].default
+                yield applies or getattr(self, name) == default, f"--{name} is for {where}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -193,6 +250,7 @@ if __name__ == "__main__":
 
 # ruff: noqa: E402
 import contextlib
+import inspect
 import os
 import signal
 import time
@@ -212,9 +270,10 @@ from data import (
     collate,
     epoch_batches,
     get_encoding,
+    load_function,
     read_groups,
 )
-from model import GPT, GPTConfig, Scorer, pretrained_config
+from model import GPT, ActorCritic, GPTConfig, RewardModel, Scorer, pretrained_config
 
 # ------------------------------------------------------------------------------
 # Files of a run: written beside their place and moved there, so that none is ever half written
@@ -256,15 +315,20 @@ def load_checkpoint(path: str | Path) -> dict:
     return ckpt
 
 
-def load_gpt(path: str | Path, device="cpu", encoding: str | None = None) -> tuple[GPT, dict]:
+def load_gpt(
+    path: str | Path, device="cpu", encoding: str | None = None, policy: bool = True
+) -> tuple[GPT, dict]:
     """The model of a run folder, a .pt file or a Hugging Face GPT-2 folder, in eval mode, and the
     checkpoint's other entries. encoding: of a Hugging Face folder that does not say (None: gpt2).
+    policy: refuse a reward model, whose trunk no longer says what comes next.
     """
     folder = Path(path)
     ours = any((folder / name).exists() for name in ("ckpt.pt", "settings.json"))
     if folder.is_dir() and not ours and (folder / "config.json").exists():
         return load_hugging_face(folder, device, encoding)
     ckpt = load_checkpoint(path)
+    if policy and ckpt.get("stage") == "reward":
+        raise InputError(f"{path} is a reward model: it rates text and writes none")
     gpt = GPT(GPTConfig(**ckpt["config"]))
     gpt.load_state_dict(ckpt.pop("model"))
     return gpt.to(device).eval(), ckpt
@@ -345,7 +409,7 @@ def build(s: Settings) -> tuple[GPT, str, float]:
     agree."""
     sizes = {k: getattr(s, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}
     if s.init:
-        gpt, ckpt = load_gpt(s.init, encoding=s.encoding)
+        gpt, ckpt = load_gpt(s.init, encoding=s.encoding, policy=s.stage != "reward")
         if ckpt.get("left_out"):
             print(f"{s.init}: {ckpt['left_out']} words beyond {ckpt['encoding']}'s left out")
         given = {**sizes, "encoding": s.encoding}
@@ -404,6 +468,119 @@ def schedule(s: Settings, step: int, steps: int) -> float:
 
 
 # ------------------------------------------------------------------------------
+# Rewards: a reward model of ours, or a function of the user's
+
+
+def load_reward(spec: str, device):
+    """What --reward names: a run folder or .pt file of the stage reward, or module:function. It is
+    called with (prompts, completions, ended=None), lists of equal length, and gives the rewards,
+    (N,) float64 on the CPU. ended: whether the end of text followed (None: always); a function of
+    the user's is not told."""
+    if ":" in spec and not Path(spec).exists():
+        return function_reward(spec)
+    ckpt = load_checkpoint(spec)
+    if "head" not in ckpt:
+        stage = ckpt.get("stage", "unknown")
+        raise InputError(f"--reward {spec} is no reward model: its stage is {stage}")
+    return model_reward(ckpt, device)
+
+
+def model_reward(ckpt: dict, device):
+    """The reward model of a checkpoint. It has an encoding of its own, which need not be the
+    policy's, and computes in float32."""
+    gpt, encoding = GPT(GPTConfig(**ckpt["config"])), get_encoding(ckpt["encoding"])
+    gpt.load_state_dict(ckpt["model"])
+    model = RewardModel(gpt)
+    model.head.load_state_dict(ckpt["head"])
+    model.to(device).eval()
+
+    def reward(prompts: list[str], completions: list[str], ended=None) -> Tensor:
+        builder = Builder(gpt.config.block_size - 1, encoding.eot_token, Report())
+        ended = ended or [True] * len(prompts)
+        for prompt, completion, whole in zip(prompts, completions, ended, strict=True):
+            ids = map(encoding.encode_ordinary, (prompt, completion))
+            builder.add(next(ids), [next(ids)], ended=whole)
+        groups, out = to_rate(builder.groups()), torch.zeros(2 * len(prompts), dtype=torch.float64)
+        for batch, rewards in passes(model, groups, 64, device):
+            out[batch.segment] = rewards.double().cpu()
+        return out[1::2]  # every group is a prompt and a completion
+
+    return reward
+
+
+def function_reward(spec: str):
+    """A function of the user's, whatever it does wrong said in one sentence."""
+    try:
+        function = load_function(spec, "--reward")
+    except InputError:
+        raise
+    except Exception as error:  # whatever importing a user's module raises
+        raise InputError(f"--reward {spec}: {describe_error(error)}") from error
+    if not callable(function):
+        raise InputError(f"--reward {spec} is no function, but a {type(function).__name__}")
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # some functions written in C do not say
+        names = []
+    whole_batch = names[1:2] == ["completions"]
+
+    def call(*args, about: str):
+        try:
+            return function(*args)
+        except Exception as error:  # whatever a user's function raises
+            raise InputError(f"--reward {spec}: {describe_error(error)}, for {about}") from error
+
+    def reward(prompts: list[str], completions: list[str], ended=None) -> Tensor:
+        about = [f"the completion {shorten(y)}" for y in completions]
+        if whole_batch:
+            n = len(completions)
+            values = call(list(prompts), list(completions), about=f"{n} completions")
+            values = values.tolist() if hasattr(values, "tolist") else values
+            if isinstance(values, str) or not hasattr(values, "__len__"):
+                raise InputError(
+                    f"--reward {spec} must return a number for each completion (its second "
+                    f"parameter is called completions), got {shorten(values)}"
+                )
+            values = list(values)
+            if len(values) != n:
+                raise InputError(
+                    f"--reward {spec} returned {len(values)} rewards for {n} completions"
+                )
+        else:
+            rows = zip(prompts, completions, about, strict=True)
+            values = [call(prompt, y, about=which) for prompt, y, which in rows]
+        numbers = [as_number(v) for v in values]
+        for v, number, which in zip(values, numbers, about, strict=True):
+            if not math.isfinite(number):
+                raise InputError(
+                    f"--reward {spec} returned {shorten(v)}, no finite number, for {which}"
+                )
+        return torch.tensor(numbers, dtype=torch.float64)
+
+    return reward
+
+
+def as_number(value) -> float:
+    """Python's, numpy's and torch's numbers as float; NaN for anything else."""
+    if isinstance(value, str | bytes):
+        return math.nan
+    try:
+        return float(value)
+    except Exception:  # whatever a foreign object says to float()
+        return math.nan
+
+
+def describe_error(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return " ".join(text.split())
+
+
+# ------------------------------------------------------------------------------
 # Tasks: what each stage trains
 
 
@@ -419,22 +596,68 @@ class Task:
         self.gpt, self.encoding_name, self.temperature = build(s)
         self.encoding = get_encoding(self.encoding_name)
         self.gpt.to(device)
-        self.scorer = Scorer(self.gpt, self.temperature)
+        self.scorer = self.make_module().to(device)
         self.module = torch.compile(self.scorer) if s.compile else self.scorer
-        use = "sft" if s.stage == "sft" else "preference"
-        self.groups = self.read(s.data, use)
+        use = "prompt" if s.draws else "sft" if s.stage == "sft" else "preference"
+        self.rows = self.groups = self.read(s.data, use)  # what epochs walk through, what is read
         self.eval_groups = self.read(s.eval_data, use) if s.eval_data else None
+        self.epoch = (-1, [])  # its number, and its batches of rows
+
+    def make_module(self) -> torch.nn.Module:
+        """The module before DDP, fully_shard or compile wrap it."""
+        return Scorer(self.gpt, self.temperature)
 
     def read(self, paths: list[str], use: str) -> Groups:
         groups, report = read_groups(paths, self.encoding, self.gpt.config.block_size, use)
         print(f"{', '.join(map(str, paths))}: {report}")
         return groups
 
+    def n_batches(self) -> int:
+        return math.ceil(len(self.rows) / self.s.batch_size)
+
+    def batch_ids(self, i: int) -> np.ndarray:
+        """The rows of the i-th batch, epoch after epoch."""
+        epoch, place = divmod(i, self.n_batches())
+        if self.epoch[0] != epoch:
+            self.epoch = epoch, epoch_batches(self.rows, self.s.batch_size, self.s.seed, epoch)
+        return self.epoch[1][place]
+
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.s.max_iters or math.ceil(self.s.epochs * self.n_batches())
+
+    def ids(self, step: int) -> np.ndarray:
+        """The groups that optimizer step `step` reads."""
+        return self.batch_ids(step)
+
+    def needed(self) -> np.ndarray:
+        """The groups that some step will read."""
+        steps = min(self.steps(), self.n_batches())
+        return np.unique(np.concatenate([self.ids(i) for i in range(steps)]))
+
     def prepare(self, ids: np.ndarray) -> None:
         """Whatever must be known of these groups of the training data before the first step."""
 
+    def begin(self, step: int) -> None:
+        """Before each optimizer step: stages that draw their own completions do it here."""
+
+    def report(self) -> dict[str, float]:
+        """More figures for the training record of the last step."""
+        return {}
+
     def evaluate(self, step: int) -> dict:
         return {}
+
+    def heads(self) -> dict:
+        """What a model of this stage has beside the GPT, saved with its weights."""
+        return {}
+
+    def state(self) -> dict:
+        """What a resumed run needs beside the GPT, the optimizer and the step."""
+        return self.heads()
+
+    def load_state(self, state: dict) -> None:
+        """Take back what `state` gave."""
 
     def finish(self) -> None:
         """After the last step."""
@@ -461,28 +684,186 @@ class SFT(Task):
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
-class Preference(Task):
+class Reward(Task):
+    """A Bradley-Terry reward model: the better of two completions should get the higher number. Of
+    K rated completions every pair with unlike rewards is compared.
+
+    Only differences are learned, so the scale is the data's (log-odds of being preferred) and the
+    zero is set: mean 0 over the completions of up to 512 evenly spaced rows of the training data.
+    """
+
+    def make_module(self) -> torch.nn.Module:
+        return RewardModel(self.gpt)
+
+    def read(self, paths: list[str], use: str) -> Groups:
+        # one position is kept for the end of text, which a reward model reads
+        block = self.gpt.config.block_size - 1
+        groups, report = read_groups(paths, self.encoding, block, use)
+        print(f"{', '.join(map(str, paths))}: {report}")
+        return to_rate(groups)
+
+    def prepare(self, ids: np.ndarray) -> None:
+        self.log_target = log_targets(self.groups, 1.0, 0.0).to(self.device)
+        if self.eval_groups is not None:
+            self.eval_target = log_targets(self.eval_groups, 1.0, 0.0)
+
+    def weigh(self, batch) -> int:
+        return len(batch.mask)
+
+    def loss(self, batch) -> Tensor:
+        better = preferred(self.log_target[batch.segment], batch.mask)
+        return exo.reward_model_loss(self.module(batch), self.s.label_smoothing, better)
+
+    def evaluate(self, step: int) -> dict:
+        self.center()
+        if self.eval_groups is None:
+            return {}
+        segment, mask = map(
+            torch.from_numpy, self.eval_groups.grid(np.arange(len(self.eval_groups)))
+        )
+        rewards = score(self.module, self.eval_groups, self.s, self.device)[segment]
+        target = self.eval_target[segment]
+        loss = exo.reward_model_loss(rewards, self.s.label_smoothing, preferred(target, mask))
+        present = rewards[mask]
+        return {
+            "loss": loss.item(),
+            "accuracy": accuracy(rewards, target, mask),
+            "reward": present.mean().item(),
+            "reward_std": present.std().item(),
+        }
+
+    def center(self) -> None:
+        """Set the bias; it has no part in the loss."""
+        some = evenly_spaced(len(self.rows), 512)
+        segment, mask = self.rows.grid(some)
+        rewards = score(self.module, self.rows, self.s, self.device, some)[segment[mask]]
+        self.scorer.head.bias -= rewards.mean()
+
+    def heads(self) -> dict:
+        return {"head": self.scorer.head.state_dict()}
+
+    def load_state(self, state: dict) -> None:
+        self.scorer.head.load_state_dict(state["head"])
+
+
+def to_rate(groups: Groups) -> Groups:
+    """The same groups for a model that reads whole completions to rate them: where one ended, the
+    end of text is its last token, and the last token is read, too (as if one more followed)."""
+    read = np.ones_like(groups.ended)
+    read[groups.first[:-1]] = False
+    return dataclasses.replace(
+        groups,
+        tokens=np.insert(groups.tokens, groups.offsets[1:][groups.ended], groups.eot),
+        offsets=groups.offsets + np.concatenate([[0], np.cumsum(groups.ended)]),
+        ended=read,
+    )
+
+
+def preferred(target: Tensor, mask: Tensor) -> Tensor:
+    """(B, K, K) bool: True where both completions are there and the first has the higher target."""
+    both = mask[:, :, None] & mask[:, None, :]
+    return (target[:, :, None] > target[:, None, :]) & both
+
+
+class Alignment(Task):
+    """A stage that moves away from a reference, --init: it can draw completions, rate them, and say
+    how far it is and how good."""
+
+    def __init__(self, s: Settings, device: torch.device):
+        super().__init__(s, device)
+        self.reward = load_reward(s.reward, device) if s.reward else None
+
+    def reference(self) -> Scorer:
+        gpt, _ = load_gpt(self.s.init, self.device, self.s.encoding)
+        return Scorer(gpt, self.temperature).requires_grad_(False)
+
+    def draw(self, prompts: list[list[int]], n: int, generator: torch.Generator) -> Groups:
+        """n completions of each prompt from the policy as it is, equal ones kept. A draw depends on
+        the generator and on its place among all, not on the prompts that it is computed with."""
+        s, block, eot = self.s, self.gpt.config.block_size, self.encoding.eot_token
+        new = min(s.max_new_tokens, block // 2)
+        builder = Builder(block, eot, Report())
+        size = 4 * (s.micro_batch_size or s.batch_size)  # sampling keeps no activations
+        for start in range(0, len(prompts), size):
+            chunk = [p[-(block - new) :] for p in prompts[start : start + size]]
+            with autocast(s, self.device):
+                drawn = self.gpt.generate(
+                    *(chunk, new, n), temperature=self.temperature, eot=eot, generator=generator
+                )
+            for i, prompt in enumerate(chunk):
+                ys = drawn[i * n : (i + 1) * n]
+                ended = [y[-1] == eot for y in ys]
+                builder.put(
+                    prompt, [y[: len(y) - e] for y, e in zip(ys, ended, strict=True)], ended
+                )
+        return builder.groups()
+
+    def rate(self, groups: Groups) -> None:
+        """Fill groups.rewards. A prompt is rated as the policy read it, cut to fit if it was."""
+        prompts, completions, segments = [], [], np.flatnonzero(self.is_completion(groups))
+        for g in range(len(groups)):
+            ids = groups.prompt(g)
+            text = "" if ids == [groups.eot] else self.encoding.decode(ids)
+            ys = groups.completions(g)
+            prompts += [text] * len(ys)
+            completions += map(self.encoding.decode, ys)
+        ended = groups.ended[segments].tolist()
+        groups.rewards[segments] = self.reward(prompts, completions, ended).numpy()
+
+    @staticmethod
+    def is_completion(groups: Groups) -> np.ndarray:
+        """(M,) bool, False for prompts."""
+        out = np.ones(len(groups.ended), bool)
+        out[groups.first[:-1]] = False
+        return out
+
+    def drawn(self, step: int) -> dict:
+        """KL(pi || sft), with --reward the mean reward, and their standard errors, from one
+        completion of each of kl_samples prompts."""
+        rows = self.rows if self.eval_groups is None else self.eval_groups
+        prompts = [rows.prompt(g) for g in evenly_spaced(len(rows), self.s.kl_samples)]
+        generator = torch.Generator().manual_seed(self.s.seed * 1_000_003 + step)
+        drawn = self.draw(prompts, 1, generator)
+        logps, ref_logps = (
+            score(m, drawn, self.s, self.device) for m in (self.scorer, self.reference())
+        )
+        segment = drawn.first[:-1] + 1
+        result = mean_and_error("kl", exo.kl_estimates(logps, ref_logps)["k1"][segment])
+        if self.reward:
+            self.rate(drawn)
+            result |= mean_and_error("reward", torch.from_numpy(drawn.rewards)[segment])
+        length = (np.diff(drawn.offsets) + drawn.ended)[segment].mean().item()
+        return result | {"sampled_length": float(length)}
+
+
+def mean_and_error(name: str, x: Tensor) -> dict[str, float]:
+    """The mean of x (N,) and its standard error."""
+    spread = x.std().item() / math.sqrt(len(x)) if len(x) > 1 else 0.0
+    return {name: x.mean().item(), f"{name}_stderr": spread}
+
+
+def evenly_spaced(n: int, at_most: int) -> np.ndarray:
+    """Up to `at_most` of the numbers below n, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, at_most).round().astype(int))
+
+
+class Preference(Alignment):
     """EXO, DPO, or a fork's loss: groups with a target, and the reference's log-probs stored beside
     them."""
 
     def __init__(self, s: Settings, device: torch.device):
         super().__init__(s, device)
-        if s.loss not in exo.LOSSES:
-            raise InputError(f"unknown --loss {s.loss!r}: choose from {', '.join(exo.LOSSES)}")
         parent = Path(s.dump_eval).parent
         if s.dump_eval and parent != Path(s.out) and not parent.is_dir():
             raise InputError(f"--dump_eval {s.dump_eval}: there is no folder {parent}")
-        self.loss_fn = exo.LOSSES[s.loss]
+        self.loss_fn = named_loss(s.loss)
         self.log_target = log_targets(self.groups, s.beta_r, s.label_smoothing).to(device)
         if self.eval_groups is not None:
             self.eval_target = log_targets(self.eval_groups, s.beta_r, s.label_smoothing)
         self.warned = False
 
     def prepare(self, ids: np.ndarray) -> None:
-        ref, _ = load_gpt(
-            self.s.init, self.device, self.s.encoding
-        )  # the policy may be further already, if resumed
-        scorer = Scorer(ref, self.temperature)
+        scorer = self.reference()  # the policy may be further already, if resumed
         self.ref_logps = score(scorer, self.groups, self.s, self.device, ids, "reference").to(
             self.device
         )
@@ -500,7 +881,7 @@ class Preference(Task):
     def evaluate(self, step: int) -> dict:
         result = self.held_out()[0] if self.eval_groups is not None else {}
         if self.s.kl_samples:
-            result |= self.drawn_kl(step)
+            result |= self.drawn(step)
         if result.get("chosen_logratio", 0) < -0.1 and not self.warned:
             self.warned = True
             tqdm.write(
@@ -533,32 +914,6 @@ class Preference(Task):
             result[f"{name}_length"] = length.gather(1, k).double().mean().item()
         return result, (logps, ref, target, mask)
 
-    def drawn_kl(self, step: int) -> dict:
-        """KL(pi || sft) and its standard error, from one completion of each of kl_samples
-        prompts."""
-        groups = self.groups if self.eval_groups is None else self.eval_groups
-        block = self.gpt.config.block_size
-        new = min(self.s.max_new_tokens, block // 2)
-        some = np.unique(np.linspace(0, len(groups) - 1, self.s.kl_samples).round().astype(int))
-        prompts = [groups.prompt(g)[-(block - new) :] for g in some]
-        generator = torch.Generator().manual_seed(self.s.seed * 1_000_003 + step)
-        with autocast(self.s, self.device):
-            drawn = self.gpt.generate(
-                *(prompts, new), temperature=self.temperature, eot=groups.eot, generator=generator
-            )
-        builder = Builder(block, groups.eot, Report())
-        for prompt, y in zip(prompts, drawn, strict=True):
-            ended = y[-1] == groups.eot
-            builder.add(prompt, [y[:-1] if ended else y], ended=ended)
-        drawn = builder.groups()
-        ref = Scorer(load_gpt(self.s.init, self.device, self.s.encoding)[0], self.temperature)
-        logps, ref_logps = (score(m, drawn, self.s, self.device) for m in (self.scorer, ref))
-        segment = drawn.first[:-1] + 1
-        k1 = exo.kl_estimates(logps, ref_logps)["k1"][segment]
-        spread = k1.std().item() / math.sqrt(len(k1)) if len(k1) > 1 else 0.0
-        length = (np.diff(drawn.offsets) + drawn.ended)[segment].mean().item()
-        return {"kl": k1.mean().item(), "kl_stderr": spread, "sampled_length": float(length)}
-
     def finish(self) -> None:
         if not self.s.dump_eval:
             return
@@ -577,6 +932,230 @@ class Preference(Task):
                 file.write(json.dumps(record) + "\n")
 
 
+class Rounds(Alignment):
+    """Stages that learn from completions of their own, in rounds: the policy as it is draws K
+    completions of each of round_iters batches of prompts, they are rated, and optimizer steps of
+    batch_size prompts make `passes` passes over them. Everything drawn depends on (seed, round).
+
+    `stored` holds what the loss needs beside the tokens: tensors with a row for each segment of
+    the round's groups, on the device; `figures` the round's mean reward and KL.
+    """
+
+    passes = 1
+    beta: float  # of J = E[r] - beta KL(pi || sft)
+
+    def __init__(self, s: Settings, device: torch.device):
+        super().__init__(s, device)
+        self.ref = super().reference()
+        self.round, self.stored, self.figures = -1, {}, {}
+
+    def reference(self) -> Scorer:
+        return self.ref
+
+    def steps(self) -> int:
+        return self.s.max_iters or math.ceil(self.s.epochs * self.n_batches()) * self.passes
+
+    def needed(self) -> np.ndarray:
+        return np.arange(0)  # nothing is known before it is drawn
+
+    def place(self, step: int) -> tuple[int, int, int, int]:
+        """(round, its first batch of prompts, how many it has, step within the round)."""
+        round_, within = divmod(step, self.s.round_iters * self.passes)
+        first = round_ * self.s.round_iters
+        n = min(self.s.round_iters, math.ceil(self.steps() / self.passes) - first)
+        return round_, first, n, within
+
+    def ids(self, step: int) -> np.ndarray:
+        round_, _, n, within = self.place(step)
+        rng = np.random.default_rng([self.s.seed, round_, within // n])
+        return np.array_split(rng.permutation(len(self.groups)), n)[within % n]
+
+    def begin(self, step: int) -> None:
+        round_, first, n, _ = self.place(step)
+        if round_ == self.round:
+            return
+        rows = np.concatenate([self.batch_ids(i) for i in range(first, first + n)])
+        seed = np.random.SeedSequence([self.s.seed, round_]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(seed))
+        groups = self.draw([self.rows.prompt(g) for g in rows], self.s.K, generator)
+        self.rate(groups)  # may end the run: nothing has changed so far
+        self.groups, self.round = groups, round_
+        self.store(torch.from_numpy(self.is_completion(groups)))
+
+    def store(self, real: Tensor) -> None:
+        """Fill `stored` and `figures` for the round's groups. real: (M,) True for completions."""
+        raise NotImplementedError
+
+    def round_figures(self, log_ratio: Tensor) -> dict[str, float]:
+        """log_ratio: (N,) log pi - log sft of the completions of the round."""
+        return {"reward": float(np.nanmean(self.groups.rewards)), "kl": log_ratio.mean().item()}
+
+    def report(self) -> dict[str, float]:
+        return self.figures
+
+    def evaluate(self, step: int) -> dict:
+        if not self.s.kl_samples:
+            return {}
+        result = self.drawn(step)
+        return {"loss": self.beta * result["kl"] - result["reward"], **result}
+
+    def state(self) -> dict:
+        if self.round < 0:
+            return {"round": -1}
+        arrays = {k: v for k, v in vars(self.groups).items() if isinstance(v, np.ndarray)}
+        return {
+            "round": self.round,
+            "groups": {k: torch.from_numpy(v) for k, v in arrays.items()},
+            "stored": self.stored,
+            "figures": self.figures,
+        }
+
+    def load_state(self, state: dict) -> None:
+        self.round = state["round"]
+        if self.round < 0:
+            return
+        arrays = {k: v.numpy() for k, v in state["groups"].items()}
+        self.groups = Groups(**arrays, eot=self.encoding.eot_token)
+        self.stored = {k: v.to(self.device) for k, v in state["stored"].items()}
+        self.figures = state["figures"]
+
+
+class Online(Rounds):
+    """EXO and DPO on completions drawn from a snapshot rho of the policy; sft is still --init.
+
+    EXO weighs them by rho (exo.on_policy_ref, exo.on_policy_target). DPO is its loss as it is, on
+    other completions: q = softmax(beta_pi (log pi - log sft)), p = softmax(r / beta_r).
+    """
+
+    def __init__(self, s: Settings, device: torch.device):
+        super().__init__(s, device)
+        self.loss_fn = named_loss(s.loss)
+        self.beta = s.beta_r * s.beta_pi
+
+    def store(self, real: Tensor) -> None:
+        s, M = self.s, len(real)
+        ref, rho = (
+            score(m, self.groups, s, self.device)[real].view(-1, s.K)
+            for m in (self.ref, self.module)
+        )
+        rewards = torch.from_numpy(self.groups.rewards)[real].view(-1, s.K)
+        self.figures = self.round_figures(rho - ref)
+        target = exo.reward_target(rewards, s.beta_r)
+        if s.loss == "exo":
+            target = exo.on_policy_target(rewards, ref, rho, s.beta_r)
+            ref = exo.on_policy_ref(ref, rho, s.beta_pi)
+        for name, value in (("ref", ref), ("target", target)):
+            rows = torch.zeros(M, dtype=torch.float64)
+            rows[real] = value.flatten()
+            self.stored[name] = rows.to(self.device)
+
+    def weigh(self, batch) -> int:
+        return len(batch.mask)
+
+    def loss(self, batch) -> Tensor:
+        logps = self.module(batch).sum(-1)  # (B, K)
+        ref, target = (self.stored[k][batch.segment] for k in ("ref", "target"))
+        return self.loss_fn(logps, ref, target, self.s.beta_pi, batch.mask)
+
+
+class PPO(Rounds):
+    """The RL baseline, as in the InstructGPT line of work (Ziegler et al. 2019, arXiv:1909.08593;
+    Ouyang et al. 2022, arXiv:2203.02155). Every detail that matters:
+
+    - One decision per token, the end of text among them. The reward comes at the last token of a
+      completion; every token pays kl_coef (log pi_old - log sft). Summed, that is J's integrand.
+    - A completion cut at max_new_tokens counts as ended: nothing is bootstrapped from its last
+      value. Rewards are not normalised, scaled or clipped.
+    - A round: round_iters batches of prompts, K completions each, from one snapshot; then
+      ppo_epochs passes over them in minibatches of batch_size prompts, shuffled in every pass.
+    - Generalised advantage estimates, whitened over the tokens of the whole round; the returns for
+      the value network come from the advantages before they are whitened.
+    - Clipped surrogate and clipped value loss (half a squared error), both averaged over tokens.
+    - The value network is a trunk of its own, a copy of sft's (InstructGPT's starts from the reward
+      model), and a linear head that starts at 0. One AdamW with one learning rate and one gradient
+      norm for both networks.
+    - kl_coef is constant; there is no entropy bonus, no early stop and no pretraining loss.
+    """
+
+    def __init__(self, s: Settings, device: torch.device):
+        self.passes, self.beta = s.ppo_epochs, s.kl_coef
+        super().__init__(s, device)
+
+    def make_module(self) -> torch.nn.Module:
+        return ActorCritic(self.gpt, self.temperature)
+
+    def begin(self, step: int) -> None:
+        super().begin(step)
+        self.seen = []  # (weight, figures) of each micro-batch of this step
+
+    def store(self, real: Tensor) -> None:
+        s, groups = self.s, self.groups
+        logps, values, ref_logps = self.per_token()
+        scored = torch.arange(logps.size(1)) < torch.from_numpy(
+            np.diff(groups.offsets) + groups.ended
+        ).unsqueeze(1) * real.unsqueeze(1)  # (M, T)
+        penalty = torch.where(scored, s.kl_coef * (logps - ref_logps), 0.0)
+        self.figures = self.round_figures((logps - ref_logps).sum(-1)[real])
+        rewards = -penalty
+        last = (scored.sum(-1, keepdim=True) - 1).clamp(min=0)
+        r = torch.from_numpy(groups.rewards).nan_to_num()  # prompts have none
+        rewards.scatter_add_(1, last, r.to(rewards)[:, None])
+        advantages, returns = exo.gae(rewards, values, scored, s.gamma, s.lam)
+        stored = {"old_logps": logps, "old_values": values, "returns": returns}
+        stored |= {"advantages": exo.whiten(advantages, scored)}
+        self.stored = {k: v.to(self.device) for k, v in stored.items()}
+
+    def per_token(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(log pi, value, log sft) of every completion token of the round, (M, T) on the CPU."""
+        s, groups = self.s, self.groups
+        longest = int((np.diff(groups.offsets) + groups.ended).max()) + 1
+        T = -(-longest // rounding(self.device)) * rounding(self.device)  # as wide as any batch
+        dtype = self.gpt.wte.weight.dtype
+        out = [torch.zeros(len(groups.ended), T, dtype=dtype) for _ in range(3)]
+        size = s.micro_batch_size or s.batch_size
+        with autocast(s, self.device):
+            for batch, result in passes(self.module, groups, size, self.device):
+                for store, x in zip(out, result, strict=False):
+                    store[batch.segment, : x.size(-1)] = x.to(store)
+            for batch, x in passes(self.ref, groups, size, self.device):
+                out[2][batch.segment, : x.size(-1)] = x.to(out[2])
+        return tuple(out)
+
+    def weigh(self, batch) -> int:
+        return int(batch.scored.sum())
+
+    def loss(self, batch) -> Tensor:
+        s, T = self.s, batch.scored.size(-1)
+        stored = {k: v[batch.segment][..., :T] for k, v in self.stored.items()}
+        loss, figures = exo.ppo_loss(
+            *self.module(batch), **stored, scored=batch.scored, clip=s.clip,
+            value_clip=s.value_clip, value_coef=s.value_coef,
+        )  # fmt: skip
+        self.seen.append((batch.scored.sum(), figures))
+        return loss
+
+    def report(self) -> dict[str, float]:
+        total = sum(n for n, _ in self.seen)
+        names = self.seen[0][1]
+        means = {k: sum(n * figures[k] for n, figures in self.seen) / total for k in names}
+        return {k: v.item() for k, v in means.items()} | self.figures
+
+    def state(self) -> dict:
+        critic = {k: getattr(self.scorer, k).state_dict() for k in ("critic", "value")}
+        return super().state() | critic
+
+    def load_state(self, state: dict) -> None:
+        for name in ("critic", "value"):
+            getattr(self.scorer, name).load_state_dict(state[name])
+        super().load_state(state)
+
+
+def named_loss(name: str):
+    if name not in exo.LOSSES:
+        raise InputError(f"unknown --loss {name!r}: choose from {', '.join(exo.LOSSES)}")
+    return exo.LOSSES[name]
+
+
 def log_targets(groups: Groups, beta_r: float, label_smoothing: float) -> Tensor:
     """log p of every completion, (M,) float64: the label's for pairs, the rewards' for the
     others."""
@@ -593,28 +1172,32 @@ def log_targets(groups: Groups, beta_r: float, label_smoothing: float) -> Tensor
 def accuracy(ratio: Tensor, target: Tensor, mask: Tensor) -> float:
     """Of all pairs in a group with unlike targets, the share that log-ratios order alike; a tie is
     half."""
-    both = mask[:, :, None] & mask[:, None, :]
-    wanted = (target[:, :, None] > target[:, None, :]) & both
-    gap = (ratio[:, :, None] - ratio[:, None, :])[wanted]
+    gap = (ratio[:, :, None] - ratio[:, None, :])[preferred(target, mask)]
     return ((gap > 0).double() + (gap == 0).double() / 2).mean().item()
 
 
-@torch.no_grad()
 def score(module, groups: Groups, s: Settings, device, ids=None, note: str = "") -> Tensor:
-    """log pi of the completions of these groups (all by default): (M,) on the CPU, 0 elsewhere.
-
-    Batches hold groups of similar size. `note` names a progress bar.
-    """
+    """log pi (of a reward model: the reward) of the completions of these groups (all by default):
+    (M,) on the CPU, 0 elsewhere. `note` names a progress bar."""
     out = torch.zeros(len(groups.ended), dtype=torch.float64)
+    size = s.micro_batch_size or s.batch_size
+    with autocast(s, device):
+        for batch, result in passes(module, groups, size, device, ids, note):
+            logps = result[0] if isinstance(result, tuple) else result  # not PPO's values
+            logps = logps.sum(-1) if logps.dim() == 3 else logps  # (B, K)
+            out[batch.segment[batch.mask]] = logps[batch.mask.to(device)].double().cpu()
+    return out
+
+
+@torch.no_grad()
+def passes(module, groups: Groups, size: int, device, ids=None, note: str = ""):
+    """Yields (batch on the CPU, module's result) over these groups, all by default, `size` groups
+    of similar length at once."""
     ids = np.arange(len(groups)) if ids is None else ids
     ids = ids[np.argsort(groups.sizes()[ids], kind="stable")]
-    size = s.micro_batch_size or s.batch_size
     for start in tqdm(range(0, len(ids), size), note, disable=not note, leave=False):
         batch = collate(groups, ids[start : start + size], rounding(device))
-        with autocast(s, device):
-            logps = module(batch.to(device)).sum(-1)
-        out[batch.segment[batch.mask]] = logps[batch.mask.to(device)].double().cpu()
-    return out
+        yield batch, module(batch.to(device))
 
 
 def rounding(device: torch.device) -> int:
@@ -661,34 +1244,28 @@ class Stop:
             signal.signal(number, handler)
 
 
+EVAL_SHOWN = ("loss", "accuracy", "reward", "kl")  # on the progress bar, of those a stage has
+
+
 def fit(s: Settings, task: Task) -> int:
     """Train `task`: the one loop of every stage. Returns the exit status."""
-    n_batches = math.ceil(len(task.groups) / s.batch_size)
-    steps = s.max_iters or math.ceil(s.epochs * n_batches)
+    steps = task.steps()
     peak = s.learning_rate or (5e-5 if s.init else 1e-3)
-    optimizer = adamw(task.gpt, s, peak)
+    optimizer = adamw(task.scorer, s, peak)
     state = {"step": 0, "evaluated": -1, "best": math.inf}
     if s.resume:
         open_run(s)
         ckpt = load_checkpoint(s.out)
         task.gpt.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
+        task.load_state(ckpt.get("task", {}))
         state = {k: ckpt[k] for k in state}
-    batches = {e: epoch_batches(task.groups, s.batch_size, s.seed, e) for e in range(1)}
-
-    def ids_of(step: int) -> np.ndarray:
-        epoch = step // n_batches
-        if epoch not in batches:
-            batches.clear()
-            batches[epoch] = epoch_batches(task.groups, s.batch_size, s.seed, epoch)
-        return batches[epoch][step % n_batches]
-
-    task.prepare(np.unique(np.concatenate([ids_of(i) for i in range(min(steps, n_batches))])))
+    task.prepare(task.needed())
     out = open_run(s)
     log = Log(out / "metrics.jsonl", state["step"])
     bar = tqdm(total=steps, initial=state["step"], desc=s.stage)
     shown = {}
-    with Stop() as stop:
+    with Stop() as stop, rescue(out, task, optimizer, state):
         while True:
             step = state["step"]
             due = step % s.eval_interval == 0 or step == steps
@@ -699,21 +1276,21 @@ def fit(s: Settings, task: Task) -> int:
                 better = metrics.get("loss", math.inf) < state["best"]
                 state["best"] = min(state["best"], metrics.get("loss", math.inf))
                 save(out, task, optimizer, state, better)
-                shown |= {
-                    f"eval_{k}": metrics[k] for k in ("loss", "accuracy", "kl") if k in metrics
-                }
+                shown |= {f"eval_{k}": metrics[k] for k in EVAL_SHOWN if k in metrics}
             if step == steps or stop.signal:
                 break
+            task.begin(step)
             rate = peak * schedule(s, step, steps)
             start = time.perf_counter()
-            loss, norm, tokens = update(s, task, optimizer, ids_of(step), rate)
+            loss, norm, tokens = update(s, task, optimizer, task.ids(step), rate)
             state["step"] += 1
             if state["step"] % s.log_interval == 0 or state["step"] == steps:
                 loss, seconds = loss.item(), time.perf_counter() - start
                 record = {"step": state["step"], "kind": "train", "loss": loss, "lr": rate}
                 record |= {"grad_norm": norm.item(), "tokens_per_s": tokens / seconds}
+                record |= task.report()
                 log.write(record)
-                shown |= {"loss": loss}
+                shown |= {k: record[k] for k in ("loss", "reward", "kl") if k in record}
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
     bar.close()
@@ -727,6 +1304,20 @@ def fit(s: Settings, task: Task) -> int:
     task.finish()
     print(f"{out}: {steps} steps; last evaluation {json.dumps(shown)}")
     return 0
+
+
+@contextlib.contextmanager
+def rescue(out: Path, task: Task, optimizer, state: dict):
+    """A user's reward function may break a run at any round: what was learned is saved first."""
+    try:
+        yield
+    except InputError as error:
+        if not state["step"]:
+            raise
+        save(out, task, optimizer, state, False)
+        raise InputError(
+            f"{error}; stopped at step {state['step']}, the same command with --resume goes on"
+        ) from error
 
 
 def update(s: Settings, task: Task, optimizer, ids: np.ndarray, rate: float):
@@ -743,7 +1334,7 @@ def update(s: Settings, task: Task, optimizer, ids: np.ndarray, rate: float):
             loss = task.loss(batch.to(task.device)) * (weight / sum(weights))
         loss.backward()
         total = total + loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(task.gpt.parameters(), s.grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(task.scorer.parameters(), s.grad_clip or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -759,16 +1350,18 @@ def save(out: Path, task: Task, optimizer, state: dict, better: bool) -> None:
         "encoding": task.encoding_name,
         "temperature": task.temperature,
         "stage": task.s.stage,
+        **task.heads(),
     }
     write_json(out / "config.json", weights["config"] | {"encoding": weights["encoding"]})
     if better:
         with replacing(out / "best.pt") as temporary:
             torch.save(weights | {"step": state["step"]}, temporary)
     with replacing(out / "ckpt.pt") as temporary:
-        torch.save(weights | state | {"optimizer": optimizer.state_dict()}, temporary)
+        rest = {"optimizer": optimizer.state_dict(), "task": task.state()}
+        torch.save(weights | state | rest, temporary)
 
 
-TASKS = {"sft": SFT, "exo": Preference, "dpo": Preference}
+TASKS = {"sft": SFT, "reward": Reward, "exo": Preference, "dpo": Preference, "ppo": PPO}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -785,7 +1378,8 @@ def main(argv: list[str] | None = None) -> int:
         out = Path(s.out)
         if (out / "ckpt.pt").exists() and not (s.resume or s.overwrite):
             raise InputError(f"{out} holds a run: give --resume, --overwrite or another --out")
-        return fit(s, TASKS[s.stage](s, pick_device(s.device)))
+        task = Online if s.online else TASKS[s.stage]
+        return fit(s, task(s, pick_device(s.device)))
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
