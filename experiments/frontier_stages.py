@@ -377,8 +377,10 @@ def density(out: Path, spec: dict, gpt, sft, judges: Judges) -> dict | None:
     row = read_rows(out / "runs" / spec["sft"] / "pool.jsonl")[0]
     spell = get_encoding(spec["encoding"])
     builder = measure.Builder(spec["block_size"], spell.eot_token, measure.Report())
-    ids = [spell.encode_ordinary(y) for y in row["completions"][:DENSITY]]
-    builder.put(spell.encode_ordinary(row["prompt"]), ids, row["ended"][:DENSITY])
+    prompt = spell.encode_ordinary(row["prompt"])
+    room = spec["block_size"] - len(prompt)  # broken bytes are spelled longer when read again
+    ids = [spell.encode_ordinary(y)[:room] for y in row["completions"][:DENSITY]]
+    builder.put(prompt, ids, row["ended"][:DENSITY])
     groups = builder.groups()
     ratio = measure.sequence_logps(gpt, groups) - measure.sequence_logps(sft, groups)
     oracle = judges.held["oracle"]["pool"][0]
