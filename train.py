@@ -482,7 +482,7 @@ def load_reward(spec: str, device):
     if "head" not in ckpt:
         stage = ckpt.get("stage", "unknown")
         raise InputError(f"--reward {spec} is no reward model: its stage is {stage}")
-    return model_reward(ckpt, device)
+    return model_reward(ckpt, torch.device(device))
 
 
 def model_reward(ckpt: dict, device):
@@ -1265,7 +1265,7 @@ def fit(s: Settings, task: Task) -> int:
     log = Log(out / "metrics.jsonl", state["step"])
     bar = tqdm(total=steps, initial=state["step"], desc=s.stage)
     shown = {}
-    with Stop() as stop, rescue(out, task, optimizer, state):
+    with Stop() as stop, rescue(out, task, optimizer, state), bar:
         while True:
             step = state["step"]
             due = step % s.eval_interval == 0 or step == steps
