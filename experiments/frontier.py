@@ -68,7 +68,7 @@ class Matrix:
     block_size: int = 96
     new: int = 44  # longest completion drawn; the grammar's longest is 41
     sft_rows: int = 20_000
-    sft_iters: int = 6000
+    sft_iters: int = 7000
     sft_batch: int = 16
     sft_rate: float = 2e-3
     prompts: int = 1024  # training prompts

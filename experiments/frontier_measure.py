@@ -173,6 +173,8 @@ def at_kl(points: list[tuple[float, float]], kl: float) -> float:
     Interpolated linearly in sqrt(KL): near sft the reward of an optimal policy grows like it, so
     that a curve which starts at (0, sft) is not cut short by its chord.
     """
+    if not points:
+        return math.nan
     x, y = zip(*sorted(points), strict=True)
     root = np.sqrt(np.maximum(x, 0.0))
     return float(np.interp(math.sqrt(kl), root, y, left=math.nan, right=math.nan))
