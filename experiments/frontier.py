@@ -1,9 +1,11 @@
 """
-The text world: oracle reward against KL(pi || sft), for every method, through the stages a user runs.
+The text world: oracle reward against KL(pi || sft) of every method, by the stages a user runs.
 
-    python -m experiments.frontier --quick      one seed, three betas: the smallest run that shows it
-    python -m experiments.frontier              the matrix below (FULL): results.json, table.md, figures
+    python -m experiments.frontier --quick      one seed, three betas: the smallest that shows it
+    python -m experiments.frontier              the matrix below (FULL)
     python -m experiments.frontier --corpus FILE --lexicon FILE      the same on real text
+
+Each writes results.json, table.md, samples.md and figures.
 
     reviews.py -> sft -> K = 8 completions a prompt -> oracle rewards and Bradley-Terry labels
       -> reward model on the pairs -> a policy per method, beta and seed -> judged by the oracle
@@ -12,19 +14,20 @@ A method is a line of METHODS. What they learn from:
 
     *-pref          pairs with hard labels, P(first wins) = sigmoid(r1 - r2)
     *-rw            the same completions, all K of a prompt, rated by the reward model
-    *-rw-oracle     ... rated by the oracle
     ppo, *-online   completions of their own, rated by the reward model
-    best-of-n       sft, the best of n by the reward model (-oracle: by the oracle); no training
+    best-of-n       no training: the best of n of sft's by the reward model
+    *-oracle        the same with the oracle in the reward model's place
 
 The work is cut into pieces: an sft, a reward model, a policy. A piece is finished when its file in
 OUT/pieces is there, so a stopped run goes on where it was, and --jobs changes speed alone. The file
 keeps a hash of all settings that lead to it; where they have changed, the piece is made anew.
 
 Choices and simplifications:
-- One beta means one optimum for all but exo-pref: exo-rw, dpo-rw, online: beta_pi = 1, beta_r = beta;
-  dpo-pref: beta_pi = beta; ppo: kl_coef = beta. exo-pref's temperature is set by label_smoothing as
-  much as by beta_pi, so it is swept at the paper's 1e-3 and, as exo-pref-0.12, at sigmoid(-2), where
-  it matches Bradley-Terry for close pairs. Nobody is compared at equal beta, but at equal KL.
+- One beta means one optimum for all but exo-pref: exo-rw, dpo-rw and online have beta_pi = 1 and
+  beta_r = beta, dpo-pref beta_pi = beta, ppo kl_coef = beta. exo-pref's temperature is set by
+  label_smoothing as much as by beta_pi, so it is swept at the paper's 1e-3 and, as exo-pref-0.12,
+  at sigmoid(-2), where it matches Bradley-Terry for close pairs. Nobody is compared at equal beta,
+  but at equal KL.
 - All read the same number of completions per step, for the same number of steps. Learning rates
   were tried per family of methods on seed 0 (LEARNING_RATE), and are the same for all betas.
 - Each seed has its own data, sft, labels and reward models. Standard errors are over seeds.
@@ -37,9 +40,7 @@ import hashlib
 import json
 import math
 import os
-import random
 import sys
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -68,10 +69,10 @@ class Matrix:
     block_size: int = 96
     new: int = 44  # longest completion drawn; the grammar's longest is 41
     sft_rows: int = 20_000
-    sft_iters: int = 7000
+    sft_iters: int = 12_000
     sft_batch: int = 16
     sft_rate: float = 2e-3
-    prompts: int = 1024  # training prompts
+    prompts: int = 2048  # training prompts
     K: int = 8  # completions of each
     groups: int = 16  # groups per step: 16 of 8 completions, or 64 pairs
     steps: int = 150
@@ -98,6 +99,7 @@ METHODS = {  # name: (stage, what it learns from, label smoothing)
     "exo-online": ("exo", "own", None),
     "dpo-online": ("dpo", "own", None),
     "ppo": ("ppo", "own", None),
+    "exo-online-oracle": ("exo", "own-oracle", None),
 }
 CALIBRATION = ("exo-rw-oracle", "dpo-rw-oracle")
 LEARNING_RATE = {"pairs": 1e-3, "model": 1e-3, "oracle": 1e-3, "own": 1e-3, "ppo": 1e-3, "rm": 1e-3}
@@ -214,9 +216,12 @@ def work(out: Path, piece: Piece, key: str) -> str:
     for folder in ("pieces", "logs", "runs"):
         make_folder(out / folder)
     log = out / "logs" / f"{piece.name}.txt"
-    with open(log, "w", encoding="utf-8") as file:
-        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            result = MAKERS[piece.make](out, piece.name, piece.spec)
+    with (
+        open(log, "w", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        result = MAKERS[piece.make](out, piece.name, piece.spec)
     write_json(out / "pieces" / f"{piece.name}.json", {"key": key, "result": result})
     log.unlink()
     return piece.name

@@ -15,11 +15,12 @@ from experiments.toy_figures import GREY, INK, finish, pyplot
 
 COLORS = {"exo": "#d1495b", "dpo": "#2e6f9e", "ppo": "#3f8f5b", "best": "#c28a1c", "optimum": INK}
 SOURCES = {"pref": "^", "0.12": "v", "rw": "o", "oracle": "s", "online": "D", "n": "x", "ppo": "P"}
+DENSITY = ("exo-rw-oracle", "dpo-rw-oracle", "exo-pref", "dpo-pref")
 PANELS = {  # of the frontier, by what methods learn from
     "labelled pairs": ("exo-pref", "exo-pref-0.12", "dpo-pref"),
     "the reward model": ("exo-rw", "dpo-rw", "best-of-n"),
     "the reward model, on their own draws": ("exo-online", "dpo-online", "ppo"),
-    "the oracle": ("exo-rw-oracle", "dpo-rw-oracle", "best-of-n-oracle"),
+    "the oracle": ("exo-rw-oracle", "dpo-rw-oracle", "exo-online-oracle", "best-of-n-oracle"),
 }
 
 
@@ -28,8 +29,9 @@ def color(method: str) -> str:
 
 
 def style(method: str) -> dict:
-    marker = SOURCES[method.split("-")[-1]]
-    line = "--" if method.endswith("0.12") or method == "dpo-online" else "-"
+    name = method.removesuffix("-oracle") if "online" in method else method
+    marker = SOURCES[name.split("-")[-1]]
+    line = "--" if method.endswith("0.12") or "online" in method else "-"
     return {"color": color(method), "marker": marker, "ls": line, "ms": 5, "lw": 1.6}
 
 
@@ -116,11 +118,10 @@ def draw_steps(plt, done: dict, matrix, reward: str, path: Path) -> None:
         for method in methods:
             rows = only(done["rows"], method=method, n_pairs=None, **where)
             for i, beta in enumerate(sorted({row["beta"] for row in rows})):
-                steps = sorted(
-                    [[r["step"], r["kl"], r["oracle"]] for r in only(rows, beta=beta)]
-                )
-                byte = [np.mean(list(g), axis=0) for _, g in itertools.groupby(steps, lambda s: s[0])]
-                points = np.concatenate([sft_point(done, **where)[:, :2], np.array(byte)[:, 1:]])
+                steps = sorted([[r["step"], r["kl"], r["oracle"]] for r in only(rows, beta=beta)])
+                by_step = itertools.groupby(steps, lambda s: s[0])
+                path_ = np.array([np.mean(list(at), axis=0)[1:] for _, at in by_step])
+                points = np.concatenate([sft_point(done, **where)[:, :2], path_])
                 look = style(method) | {"ms": 3.5, "lw": 1.2}
                 axis.plot(*points.T, label=method if i == 0 else None, **look)
         axis.set_title("learns from " + title, fontsize=11.5)
@@ -136,11 +137,10 @@ def draw_steps(plt, done: dict, matrix, reward: str, path: Path) -> None:
 def draw_density(plt, done: dict, matrix, reward: str, path: Path) -> None:
     """log π/sft against log π*/sft of completions of one prompt, each a dot; medians in bins."""
     rows = only(done["density"], reward=reward, n_embd=matrix.n_embd)
-    methods = [m for m in ("exo-rw-oracle", "dpo-rw-oracle", "exo-pref", "dpo-pref")]
     betas = sorted({row["beta"] for row in rows})
     beta = betas[len(betas) // 2 - 1] if len(betas) > 1 else betas[0]
     rows = {row["method"]: row for row in only(rows, beta=beta)}
-    methods = [m for m in methods if m in rows]
+    methods = [m for m in DENSITY if m in rows]
     width = 3.6 * len(methods)
     figure, axes = plt.subplots(1, len(methods), figsize=(width, 4.2), sharey=True, squeeze=False)
     for axis, method in zip(axes[0], methods, strict=True):

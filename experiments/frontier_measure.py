@@ -4,11 +4,11 @@ KL, the optimum by importance sampling, best-of-n, win rates, and reading a fron
 
 Two limits come from one pool of N completions of sft per prompt, drawn once:
 
-    optimum      pi* = sft exp(r / beta) / Z by self-normalised importance sampling, prompt by prompt:
-                 w_j = exp(r_j / beta) / sum, E[r] = sum w_j r_j, KL = E[r] / beta - log mean exp(r / beta).
-                 Its effective sample size 1 / sum w_j^2 says how far it can be trusted.
-    best-of-n    E[value of the best of n] exactly over all n-subsets of the pool: the j-th lowest of N
-                 is the best of C(j-1, n-1) / C(N, n) of them. Unbiased for any n <= N. Its KL is at most
+    optimum      pi* = sft exp(r / beta) / Z by self-normalised importance sampling, prompt by
+                 prompt: w = softmax(r / beta), E[r] = sum w r, KL = E[r] / beta - log mean
+                 exp(r / beta). Its effective sample size, 1 / sum w^2, says how far to trust it.
+    best-of-n    the mean over all n-subsets of the pool: the j-th lowest of N is the best of
+                 C(j-1, n-1) of C(N, n) subsets. Unbiased for any n <= N. Its KL is at most
                  log n - (n - 1) / n, with equality where no two completions tie.
 
 Both use the prompts that policies are judged on, so that no difference between prompts enters.
@@ -178,5 +178,3 @@ def at_kl(points: list[tuple[float, float]], kl: float) -> float:
     x, y = zip(*sorted(points), strict=True)
     root = np.sqrt(np.maximum(x, 0.0))
     return float(np.interp(math.sqrt(kl), root, y, left=math.nan, right=math.nan))
-
-

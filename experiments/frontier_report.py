@@ -1,9 +1,9 @@
 """
 From the frontier's pieces to results.json, table.md and the figures.
 
-A frontier is read at a given KL seed by seed (frontier_measure.at_kl), beginning at sft, KL 0, which
-every method reaches with a large enough beta; never beyond its last point. A seed whose frontier does
-not get there is left out, and a cell says of how many seeds it is the mean.
+A frontier is read at a given KL seed by seed (frontier_measure.at_kl), beginning at sft, KL 0,
+which every method reaches with a large enough beta; never beyond its last point. A seed whose
+frontier does not get there is left out, and a row says of how many seeds it is the mean.
 """
 
 import itertools
@@ -12,7 +12,6 @@ import platform
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from experiments import frontier_figures
@@ -21,7 +20,6 @@ from experiments.frontier import (
     CALIBRATION,
     LEARNING_RATE,
     LEAST_ESS,
-    METHODS,
     Matrix,
     Piece,
     load_piece,
@@ -30,6 +28,7 @@ from experiments.frontier_measure import at_kl
 from experiments.toy import mean_se
 from train import write_json
 
+RIVALS = {"exo-pref-0.12": "dpo-pref"}  # else the one of the same name
 QUANTITIES = {  # columns of the table
     "oracle": "oracle reward",
     "win_oracle_sft": "beats sft: oracle",
@@ -58,11 +57,10 @@ def collect(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
         else:
             who |= {k: spec[k] for k in ("method", "beta", "n_pairs", "K")}
             last = result["path"][-1]["step"]
-            found["rows"] += [
-                {**who, **row, "last": row["step"] == last} for row in result["path"]
-            ]
+            found["rows"] += [{**who, **row, "last": row["step"] == last} for row in result["path"]]
             if result.get("density"):
-                found["density"].append({**who, "kl": result["path"][-1]["kl"], **result["density"]})
+                kl = result["path"][-1]["kl"]
+                found["density"].append({**who, "kl": kl, **result["density"]})
             if spec["seed"] == 0 and spec["n_pairs"] is None and spec["n_embd"] == matrix.n_embd:
                 found["samples"] += [{**who, **sample} for sample in result["samples"]]
     return found
@@ -77,8 +75,8 @@ def only(rows: list[dict], **where) -> list[dict]:
 
 
 def curve(done: dict, method: str, quantity: str = "oracle", **where) -> list[tuple[float, float]]:
-    """One seed's frontier of a method: (KL, quantity), beginning at sft. where: reward, seed, n_embd,
-    and n_pairs (None: all)."""
+    """One seed's frontier of a method: (KL, quantity), beginning at sft. where: reward, seed,
+    n_embd, and n_pairs (None: all)."""
     place = {k: v for k, v in where.items() if k != "n_pairs"}
     if method == "optimum":
         rows = [r for r in only(done["optimum"], **place) if r["ess"] >= LEAST_ESS]
@@ -103,11 +101,14 @@ def matched(done: dict, method: str, quantity: str, kl: float, seeds, **where) -
     return out
 
 
+def compared(matrix: Matrix) -> tuple[str, ...]:
+    return ("optimum", "best-of-n-oracle", "best-of-n", *matrix.methods)
+
+
 def matched_rows(done: dict, matrix: Matrix) -> list[dict]:
     """Every method's quantities at each budget; for EXO also its lead over its DPO, by seeds."""
-    methods = ("optimum", "best-of-n-oracle", "best-of-n", *matrix.methods)
     seeds, out = range(matrix.seeds), []
-    for (reward, _), kl, method in itertools.product(matrix.betas, BUDGETS, methods):
+    for (reward, _), kl, method in itertools.product(matrix.betas, BUDGETS, compared(matrix)):
         where, entry = {"reward": reward, "n_embd": matrix.n_embd}, {}
         for quantity in QUANTITIES:
             values = matched(done, method, quantity, kl, seeds, **where)
@@ -117,10 +118,8 @@ def matched_rows(done: dict, matrix: Matrix) -> list[dict]:
         if not entry:
             continue
         if method.startswith("exo"):
-            rival = "dpo" + method.removeprefix("exo").removesuffix("-0.12")
-            ours, theirs = (
-                matched(done, m, "oracle", kl, seeds, **where) for m in (method, rival)
-            )
+            rival = RIVALS.get(method, "dpo" + method.removeprefix("exo"))
+            ours, theirs = (matched(done, m, "oracle", kl, seeds, **where) for m in (method, rival))
             leads = [ours[s] - theirs[s] for s in sorted(ours.keys() & theirs.keys())]
             if leads:
                 entry["lead"], entry["lead_se"] = mean_se(leads)
@@ -132,7 +131,8 @@ def matched_rows(done: dict, matrix: Matrix) -> list[dict]:
 def efficiency_rows(done: dict, matrix: Matrix) -> list[dict]:
     """Oracle reward at each budget over the number of labelled pairs, seed by seed."""
     out = []
-    counts = {(r["reward"], r["seed"]): r["pairs"] for r in only(done["labels"], n_embd=matrix.n_embd)}
+    labels = only(done["labels"], n_embd=matrix.n_embd)
+    counts = {(row["reward"], row["seed"]): row["pairs"] for row in labels}
     places = itertools.product(matrix.betas, matrix.efficiency, (*matrix.pairs, None), BUDGETS)
     for (reward, _), method, n, kl in places:
         where = {"reward": reward, "n_embd": matrix.n_embd, "n_pairs": n}
@@ -170,22 +170,20 @@ def table(done: dict, matrix: Matrix) -> str:
     """Markdown: a table per reward and budget."""
     lines = []
     for (reward, _), kl in itertools.product(matrix.betas, BUDGETS):
-        entries = [e for e in done["matched"] if (e["reward"], e["kl"]) == (reward, kl)]
+        entries = {e["method"]: e for e in only(done["matched"], reward=reward, kl=kl)}
         lines += [f"\n**{reward}, KL(π‖sft) = {kl:g}**\n"]
         lines += ["| | " + " | ".join(QUANTITIES.values()) + " | lead over DPO | seeds |"]
         lines += ["| --- |" + " ---: |" * (len(QUANTITIES) + 2)]
-        for entry in entries:
+        for method in compared(matrix):
+            entry = entries.get(method, {"seeds": 0})
             cells = [cell(entry, name) for name in QUANTITIES]
             lead = f"{entry['lead']:+.2f} ± {entry['lead_se']:.2f}" if "lead" in entry else ""
             cells += [lead, f"{entry['seeds']}"]
-            lines.append(f"| {entry['method']} | " + " | ".join(cells) + " |")
-        absent = [m for m in METHODS if m in matrix.methods]
-        absent = [m for m in absent if m not in {e["method"] for e in entries}]
-        if absent:
-            lines.append(f"\nNot reached by any seed: {', '.join(absent)}.")
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
     note = (
         "Mean ± standard error over seeds (0 where there is one). Every number is read off a "
-        "frontier over beta at this KL, interpolated in its square root; best-of-n at its bound.\n"
+        "frontier over beta at this KL, interpolated in its square root; best-of-n at its bound. "
+        "A dash: no seed's frontier gets there.\n"
     )
     return note + "\n".join(lines) + "\n"
 

@@ -1,11 +1,11 @@
 """
-How each piece of the frontier is made: files for a stage of train.py, the stage, what it is judged by.
+How each piece of the frontier is made: files for a stage of train.py, the stage, the judgement.
 
     sft      data -> train.py sft -> completions of the training prompts and of the held-out ones
     labels   the oracle's rewards of all completions, and Bradley-Terry labels for pairs of them
     rm       train.py reward on the pairs -> its rewards of all completions
     limits   the optimum's frontier and best-of-n, from a large pool of sft's completions
-    policy   train.py exo, dpo or ppo -> its draws on the held-out prompts, judged by oracle and model
+    policy   train.py exo, dpo or ppo -> draws on the held-out prompts, by oracle and model
 
 A maker takes (OUT, the piece's name, its settings) and returns what its file will hold. Files live
 in OUT/runs/NAME, arrays in .npz beside them. A stage that was stopped goes on from its checkpoint.
@@ -105,9 +105,7 @@ def make_sft(out: Path, name: str, spec: dict) -> dict:
         ended = drawn.groups.ended[drawn.groups.grid(np.arange(len(ps)))[0]].tolist()
         rows = zip(ps, drawn.texts, ended, strict=True)
         fields = ("prompt", "completions", "ended")
-        write_rows(
-            folder / f"{what}.jsonl", [dict(zip(fields, row, strict=True)) for row in rows]
-        )
+        write_rows(folder / f"{what}.jsonl", [dict(zip(fields, row, strict=True)) for row in rows])
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return {"loss": [json.loads(x)["loss"] for x in lines if '"eval"' in x][-1]}
 
@@ -240,7 +238,7 @@ class Judges:
         return won | {f"win_{judge}_chosen": np.array(chosen)}
 
     def values(self, rated: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All that is averaged over completions: rewards, wins and, for reviews, how many praise."""
+        """All that is averaged over completions: rewards and wins."""
         out = dict(rated)
         for judge, values in rated.items():
             out |= self.wins(judge, values)
@@ -294,7 +292,8 @@ def policy_argv(out: Path, spec: dict) -> list:
         data = labels / "oracle.jsonl" if source == "oracle" else out / "runs" / spec["rm"]
         data = data if source == "oracle" else data / "model.jsonl"
         return [*argv, "--data", data, "--beta_pi", 1.0, "--beta_r", beta]
-    argv += ["--data", labels / "prompts.jsonl", "--reward", out / "runs" / spec["rm"]]
+    reward = REWARDS[spec["reward"]] if source == "own-oracle" else out / "runs" / spec["rm"]
+    argv += ["--data", labels / "prompts.jsonl", "--reward", reward]
     argv += ["--K", spec["K"], "--max_new_tokens", spec["new"]]
     if loss == "ppo":
         return [*argv, "--kl_coef", beta]

@@ -1,5 +1,5 @@
-"""experiments/frontier*.py: what is estimated against enumeration, pieces that survive a stop, and a
-tiny run of everything."""
+"""experiments/frontier*.py: estimates against enumeration, pieces that survive a stop, and a tiny
+run of everything."""
 
 import itertools
 import json
@@ -131,7 +131,7 @@ def test_best_of_n_is_the_mean_over_all_subsets(n):
 
 
 def test_best_of_n_has_its_kl_and_wins_n_of_n_plus_one():
-    """Of a continuous reward, by sampling: KL = log n - (n - 1) / n, and n/(n+1) against one draw."""
+    """Of a continuous reward: KL = log n - (n - 1) / n, and n/(n+1) against one draw."""
     n, u = 4, (np.arange(100_000) + 0.5) / 100_000  # rank of a completion under sft
     density = n * u ** (n - 1)  # of the best of n, relative to sft
     assert (density * np.log(density)).mean() == pytest.approx(math.log(n) - (n - 1) / n, abs=1e-4)
