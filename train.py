@@ -510,19 +510,11 @@ def model_reward(ckpt: dict, device):
 
 def function_reward(spec: str):
     """A function of the user's, whatever it does wrong said in one sentence."""
-    try:
-        function = load_function(spec, "--reward")
-    except InputError:
-        raise
-    except Exception as error:  # whatever importing a user's module raises
-        raise InputError(f"--reward {spec}: {describe_error(error)}") from error
-    if not callable(function):
-        raise InputError(f"--reward {spec} is no function, but a {type(function).__name__}")
+    function = user_function(spec)
     try:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # some functions written in C do not say
         names = []
-    whole_batch = names[1:2] == ["completions"]
 
     def call(*args, about: str):
         try:
@@ -530,34 +522,49 @@ def function_reward(spec: str):
         except Exception as error:  # whatever a user's function raises
             raise InputError(f"--reward {spec}: {describe_error(error)}, for {about}") from error
 
-    def reward(prompts: list[str], completions: list[str], ended=None) -> Tensor:
-        about = [f"the completion {shorten(y)}" for y in completions]
-        if whole_batch:
-            n = len(completions)
-            values = call(list(prompts), list(completions), about=f"{n} completions")
-            values = values.tolist() if hasattr(values, "tolist") else values
-            if isinstance(values, str) or not hasattr(values, "__len__"):
-                raise InputError(
-                    f"--reward {spec} must return a number for each completion (its second "
-                    f"parameter is called completions), got {shorten(values)}"
-                )
-            values = list(values)
-            if len(values) != n:
-                raise InputError(
-                    f"--reward {spec} returned {len(values)} rewards for {n} completions"
-                )
-        else:
-            rows = zip(prompts, completions, about, strict=True)
-            values = [call(prompt, y, about=which) for prompt, y, which in rows]
-        numbers = [as_number(v) for v in values]
-        for v, number, which in zip(values, numbers, about, strict=True):
-            if not math.isfinite(number):
-                raise InputError(
-                    f"--reward {spec} returned {shorten(v)}, no finite number, for {which}"
-                )
-        return torch.tensor(numbers, dtype=torch.float64)
+    def one_by_one(prompts: list[str], completions: list[str], ended=None) -> Tensor:
+        rows = zip(prompts, completions, strict=True)
+        values = [call(prompt, y, about=f"the completion {shorten(y)}") for prompt, y in rows]
+        return checked_rewards(spec, values, completions)
 
-    return reward
+    def all_at_once(prompts: list[str], completions: list[str], ended=None) -> Tensor:
+        n = len(completions)
+        values = call(list(prompts), list(completions), about=f"{n} completions")
+        values = values.tolist() if hasattr(values, "tolist") else values  # an array or a tensor
+        if isinstance(values, str) or not hasattr(values, "__len__"):
+            raise InputError(
+                f"--reward {spec} must return a number for each completion (its second parameter "
+                f"is called completions), got {shorten(values)}"
+            )
+        if len(values) != n:
+            raise InputError(f"--reward {spec} returned {len(values)} rewards for {n} completions")
+        return checked_rewards(spec, list(values), completions)
+
+    return all_at_once if names[1:2] == ["completions"] else one_by_one
+
+
+def user_function(spec: str):
+    try:
+        function = load_function(spec, "--reward")
+    except InputError:
+        raise
+    except Exception as error:  # whatever importing a user's module raises
+        raise InputError(f"--reward {spec}: {describe_error(error)}") from error
+    if not callable(function):
+        raise InputError(f"--reward {spec} is no function, but of type {type(function).__name__}")
+    return function
+
+
+def checked_rewards(spec: str, values: list, completions: list[str]) -> Tensor:
+    """(N,) float64."""
+    rewards = list(map(as_number, values))
+    for value, reward, y in zip(values, rewards, completions, strict=True):
+        if not math.isfinite(reward):
+            raise InputError(
+                f"--reward {spec} returned {shorten(value)}, no finite number, "
+                f"for the completion {shorten(y)}"
+            )
+    return torch.tensor(rewards, dtype=torch.float64)
 
 
 def as_number(value) -> float:
@@ -749,14 +756,19 @@ class Reward(Task):
 def to_rate(groups: Groups) -> Groups:
     """The same groups for a model that reads whole completions to rate them: where one ended, the
     end of text is its last token, and the last token is read, too (as if one more followed)."""
-    read = np.ones_like(groups.ended)
-    read[groups.first[:-1]] = False
     return dataclasses.replace(
         groups,
         tokens=np.insert(groups.tokens, groups.offsets[1:][groups.ended], groups.eot),
         offsets=groups.offsets + np.concatenate([[0], np.cumsum(groups.ended)]),
-        ended=read,
+        ended=is_completion(groups),
     )
+
+
+def is_completion(groups: Groups) -> np.ndarray:
+    """(M,) bool: False for prompts."""
+    out = np.ones(len(groups.ended), bool)
+    out[groups.first[:-1]] = False
+    return out
 
 
 def preferred(target: Tensor, mask: Tensor) -> Tensor:
@@ -800,7 +812,7 @@ class Alignment(Task):
 
     def rate(self, groups: Groups) -> None:
         """Fill groups.rewards. A prompt is rated as the policy read it, cut to fit if it was."""
-        prompts, completions, segments = [], [], np.flatnonzero(self.is_completion(groups))
+        prompts, completions, segments = [], [], np.flatnonzero(is_completion(groups))
         for g in range(len(groups)):
             ids = groups.prompt(g)
             text = "" if ids == [groups.eot] else self.encoding.decode(ids)
@@ -809,13 +821,6 @@ class Alignment(Task):
             completions += map(self.encoding.decode, ys)
         ended = groups.ended[segments].tolist()
         groups.rewards[segments] = self.reward(prompts, completions, ended).numpy()
-
-    @staticmethod
-    def is_completion(groups: Groups) -> np.ndarray:
-        """(M,) bool, False for prompts."""
-        out = np.ones(len(groups.ended), bool)
-        out[groups.first[:-1]] = False
-        return out
 
     def drawn(self, step: int) -> dict:
         """KL(pi || sft), with --reward the mean reward, and their standard errors, from one
@@ -980,7 +985,7 @@ class Rounds(Alignment):
         groups = self.draw([self.rows.prompt(g) for g in rows], self.s.K, generator)
         self.rate(groups)  # may end the run: nothing has changed so far
         self.groups, self.round = groups, round_
-        self.store(torch.from_numpy(self.is_completion(groups)))
+        self.store(torch.from_numpy(is_completion(groups)))
 
     def store(self, real: Tensor) -> None:
         """Fill `stored` and `figures` for the round's groups. real: (M,) True for completions."""
@@ -1090,16 +1095,12 @@ class PPO(Rounds):
 
     def store(self, real: Tensor) -> None:
         s, groups = self.s, self.groups
-        logps, values, ref_logps = self.per_token()
-        scored = torch.arange(logps.size(1)) < torch.from_numpy(
-            np.diff(groups.offsets) + groups.ended
-        ).unsqueeze(1) * real.unsqueeze(1)  # (M, T)
-        penalty = torch.where(scored, s.kl_coef * (logps - ref_logps), 0.0)
+        logps, values, ref_logps = self.per_token()  # (M, T), 0 where nothing is scored
+        length = torch.from_numpy(np.diff(groups.offsets) + groups.ended) * real
+        scored = torch.arange(logps.size(1)) < length[:, None]
         self.figures = self.round_figures((logps - ref_logps).sum(-1)[real])
-        rewards = -penalty
-        last = (scored.sum(-1, keepdim=True) - 1).clamp(min=0)
-        r = torch.from_numpy(groups.rewards).nan_to_num()  # prompts have none
-        rewards.scatter_add_(1, last, r.to(rewards)[:, None])
+        rewards = -s.kl_coef * (logps - ref_logps)
+        rewards[real, length[real] - 1] += torch.from_numpy(groups.rewards)[real].to(rewards)
         advantages, returns = exo.gae(rewards, values, scored, s.gamma, s.lam)
         stored = {"old_logps": logps, "old_values": values, "returns": returns}
         stored |= {"advantages": exo.whiten(advantages, scored)}

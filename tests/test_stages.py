@@ -679,7 +679,7 @@ BROKEN = [
     ("infinite", "returned inf, no finite number"),
     ("none", "TypeError: none() takes 0 positional arguments"),
     ("absent", "has no attribute 'absent'"),
-    ("not_a_function", "is no function, but a int"),
+    ("not_a_function", "is no function, but of type int"),
 ]
 
 
