@@ -41,6 +41,7 @@ import json
 import math
 import os
 import sys
+import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -59,8 +60,9 @@ class Matrix:
     methods: tuple = ()
     seeds: int = 3
     widths: tuple = (8, 16)  # of calibration, beside n_embd: exo-rw-oracle and dpo-rw-oracle alone
-    pairs: tuple = (64, 256, 1024)  # of sample efficiency, beside all of them
+    pairs: tuple = (128, 512, 2048)  # of sample efficiency, beside all of them
     efficiency: tuple = ("exo-pref", "dpo-pref", "exo-rw", "dpo-rw")
+    efficiency_rewards: tuple = ("sentiment",)
     # how
     encoding: str = "experiments.reviews:encoding"
     n_embd: int = 48
@@ -75,7 +77,7 @@ class Matrix:
     prompts: int = 2048  # training prompts
     K: int = 8  # completions of each
     groups: int = 16  # groups per step: 16 of 8 completions, or 64 pairs
-    steps: int = 150
+    steps: int = 100
     evals: int = 3  # evaluations along the way, the last one included
     rm_iters: int = 250
     judged: tuple = (64, 16)  # held-out prompts, and completions of each, that judge a policy
@@ -102,29 +104,37 @@ METHODS = {  # name: (stage, what it learns from, label smoothing)
     "exo-online-oracle": ("exo", "own-oracle", None),
 }
 CALIBRATION = ("exo-rw-oracle", "dpo-rw-oracle")
-LEARNING_RATE = {"pairs": 1e-3, "model": 1e-3, "oracle": 1e-3, "own": 1e-3, "ppo": 1e-3, "rm": 1e-3}
+LEARNING_RATE = {  # by what is learned from; see the top
+    "pairs": 2e-4,
+    "model": 2e-4,
+    "oracle": 2e-4,
+    "own": 1e-3,
+    "own-oracle": 5e-4,
+    "ppo": 1e-3,
+    "rm": 1e-3,
+}
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 OPTIMUM_BETAS = tuple(2 ** (k / 2) for k in range(8, -7, -1))  # 16 ... 0.125
 LEAST_ESS = 20  # the optimum's curve ends where fewer completions of the pool carry it
 BUDGETS = (0.25, 0.5, 1.0, 2.0, 3.0)  # KLs at which methods are compared
 
 FULL = Matrix(
-    betas=(("sentiment", (4.0, 2.0, 1.0, 0.5)), ("conviction", (2.0, 1.0, 0.5, 0.25))),
+    betas=(("sentiment", (4.0, 1.0, 0.25)), ("conviction", (2.0, 0.5, 0.125))),
     methods=tuple(METHODS),
 )
 QUICK = replace(
     FULL,
-    betas=(("sentiment", (4.0, 2.0, 1.0)), ("conviction", (2.0, 1.0, 0.5))),
     seeds=1,
-    widths=(16,),
-    pairs=(128,),
-    efficiency=("exo-pref", "dpo-pref"),
-    n_embd=32,
-    sft_iters=3000,
-    prompts=256,
-    steps=60,
-    rm_iters=100,
-    pool=256,
+    widths=(),
+    pairs=(),
+    sft_iters=6000,
+    prompts=1024,
+    groups=8,
+    steps=80,
+    evals=2,
+    rm_iters=120,
+    judged=(32, 16),
+    pool=512,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -141,10 +151,14 @@ class Piece:
     needs: tuple[str, ...] = ()
 
 
+# fields that say which pieces there are; the others say how each is made
+WHICH = ("betas", "methods", "seeds", "widths", "pairs", "efficiency", "efficiency_rewards")
+
+
 def plan(matrix: Matrix) -> dict[str, Piece]:
     """All pieces by name, in an order in which they can be made."""
     how = asdict(matrix)
-    for name in ("betas", "methods", "seeds", "widths", "pairs", "efficiency"):
+    for name in WHICH:
         del how[name]
     pieces: dict[str, Piece] = {}
 
@@ -154,7 +168,8 @@ def plan(matrix: Matrix) -> dict[str, Piece]:
 
     def policy(labels: str, rm: str | None, method: str, beta: float, **spec) -> None:
         label = f"{method}-b{beta:g}"
-        needs = (labels, rm) if METHODS[method][1] in ("model", "own") else (labels,)
+        judge = f"rm-{spec['reward']}-s{spec['seed']}"  # of all pairs, also where `rm` saw fewer
+        needs = dict.fromkeys((labels, judge, rm)) if rm else (labels,)
         suffix = f"-n{spec['n_pairs']}" if spec["n_pairs"] else ""
         name = labels.replace("labels", "policy") + f"-{label}{suffix}"
         add(name, "policy", needs, method=method, beta=beta, labels=labels, rm=rm, **spec)
@@ -179,7 +194,7 @@ def plan(matrix: Matrix) -> dict[str, Piece]:
                 for method in matrix.methods:
                     for beta in betas:
                         policy(labels, rm, method, beta, **base, n_pairs=None)
-                for n in matrix.pairs:
+                for n in matrix.pairs if reward in matrix.efficiency_rewards else ():
                     few = add(f"rm-{reward}-s{seed}-n{n}", "rm", (labels,), **base, n_pairs=n)
                     for method in matrix.efficiency:
                         for beta in betas:
@@ -212,6 +227,7 @@ def work(out: Path, piece: Piece, key: str) -> str:
     from experiments.frontier_stages import MAKERS
     from train import make_folder, write_json
 
+    start = time.perf_counter()
     torch.set_num_threads(1)  # the sums, and so the last bits, would depend on it
     for folder in ("pieces", "logs", "runs"):
         make_folder(out / folder)
@@ -222,7 +238,10 @@ def work(out: Path, piece: Piece, key: str) -> str:
         contextlib.redirect_stderr(file),
     ):
         result = MAKERS[piece.make](out, piece.name, piece.spec)
-    write_json(out / "pieces" / f"{piece.name}.json", {"key": key, "result": result})
+    write_json(
+        out / "pieces" / f"{piece.name}.json",
+        {"key": key, "seconds": round(time.perf_counter() - start, 1), "result": result},
+    )
     log.unlink()
     return piece.name
 

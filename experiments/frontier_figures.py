@@ -160,7 +160,7 @@ def draw_density(plt, done: dict, matrix, reward: str, path: Path) -> None:
 
 def draw_efficiency(plt, done: dict, matrix, path: Path) -> None:
     """Oracle reward at a KL that all methods reach with most counts, over labelled pairs."""
-    rewards = [reward for reward, _ in matrix.betas]
+    rewards = [r for r, _ in matrix.betas if r in matrix.efficiency_rewards]
     figure, axes = plt.subplots(1, len(rewards), figsize=(5.6 * len(rewards), 4.4), squeeze=False)
     for axis, reward in zip(axes[0], rewards, strict=True):
         rows = only(done["efficiency"], reward=reward)
@@ -218,7 +218,7 @@ def draw_all(done: dict, matrix, out: Path) -> None:
         draw_steps(plt, done, matrix, reward, out / f"steps-{reward}.png")
         if only(done["density"], reward=reward):
             draw_density(plt, done, matrix, reward, out / f"density-{reward}.png")
-    if matrix.pairs:
+    if done["efficiency"]:
         draw_efficiency(plt, done, matrix, out / "efficiency.png")
     if matrix.widths:
         draw_calibration(plt, done, matrix, out / "calibration.png")

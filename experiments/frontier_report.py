@@ -135,6 +135,8 @@ def efficiency_rows(done: dict, matrix: Matrix) -> list[dict]:
     counts = {(row["reward"], row["seed"]): row["pairs"] for row in labels}
     places = itertools.product(matrix.betas, matrix.efficiency, (*matrix.pairs, None), BUDGETS)
     for (reward, _), method, n, kl in places:
+        if reward not in matrix.efficiency_rewards or not matrix.pairs:
+            continue
         where = {"reward": reward, "n_embd": matrix.n_embd, "n_pairs": n}
         values = matched(done, method, "oracle", kl, range(matrix.seeds), **where)
         for seed, value in values.items():

@@ -11,6 +11,7 @@ A maker takes (OUT, the piece's name, its settings) and returns what its file wi
 in OUT/runs/NAME, arrays in .npz beside them. A stage that was stopped goes on from its checkpoint.
 """
 
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -332,30 +333,38 @@ def samples(drawn, rated: dict) -> list[dict]:
     ]
 
 
+@contextlib.contextmanager
+def watched(argv: list, look, steps):
+    """The stage that argv asks for also writes what look(gpt, step) says at its evaluations."""
+    table, name = (vars(train), "Online") if "--online" in argv else (train.TASKS, argv[0])
+    kind = table[name]
+
+    class Watched(kind):
+        def evaluate(self, step: int) -> dict:
+            found = {"judged": look(self.gpt, step)} if step in steps else {}
+            return super().evaluate(step) | found
+
+    table[name] = Watched
+    try:
+        yield
+    finally:
+        table[name] = kind
+
+
 def make_policy(out: Path, name: str, spec: dict) -> dict:
     folder, argv = out / "runs" / name, policy_argv(out, spec)
     judges = Judges(out, spec)
     sft, ckpt = train.load_gpt(out / "runs" / spec["sft"])
     prompts = [r["prompt"] for r in read_rows(out / "runs" / spec["sft"] / "judge.jsonl")]
-    kind = train.TASKS[argv[0]]
 
-    class Watched(kind):
-        """The stage, and at each of its evaluations a quarter of the final judgement."""
+    def look(gpt, step: int) -> dict:
+        """Between the first step and the last, a quarter of the final judgement."""
+        few = max(1, spec["judged"][1] // 4)
+        row = judge(gpt, sft, ckpt["encoding"], judges, prompts, few, spec)
+        return {k: v for k, v in row.items() if k != "draws"}
 
-        def evaluate(self, step: int) -> dict:
-            metrics = super().evaluate(step)
-            if 0 < step < spec["steps"]:
-                few = max(1, spec["judged"][1] // 4)
-                row = judge(self.gpt, sft, ckpt["encoding"], judges, prompts, few, spec)
-                row.pop("draws")
-                metrics["judged"] = row
-            return metrics
-
-    train.TASKS[argv[0]] = Watched
-    try:
+    with watched(argv, look, range(1, spec["steps"])):
         stage(folder, argv)
-    finally:
-        train.TASKS[argv[0]] = kind
     gpt, _ = train.load_gpt(folder)
     row = judge(gpt, sft, ckpt["encoding"], judges, prompts, spec["judged"][1], spec)
     result = {"samples": samples(*row.pop("draws")), "path": []}
