@@ -1,0 +1,367 @@
+"""
+The text world: oracle reward against KL(pi || sft) of every method, by the stages a user runs.
+
+    python -m experiments.frontier --quick      one seed, three betas: the smallest that shows it
+    python -m experiments.frontier              the matrix below (FULL)
+    python -m experiments.frontier --corpus FILE --lexicon FILE      the same on real text
+
+Each writes results.json, table.md, samples.md and figures.
+
+    reviews.py -> sft -> K = 8 completions a prompt -> oracle rewards and Bradley-Terry labels
+      -> reward model on the pairs -> a policy per method, beta and seed -> judged by the oracle
+
+A method is a line of METHODS. What they learn from:
+
+    *-pref          pairs with hard labels, P(first wins) = sigmoid(r1 - r2)
+    *-rw            the same completions, all K of a prompt, rated by the reward model
+    ppo, *-online   completions of their own, rated by the reward model
+    best-of-n       no training: the best of n of sft's by the reward model
+    *-oracle        the same with the oracle in the reward model's place
+
+The work is cut into pieces: an sft, a reward model, a policy. A piece is finished when its file in
+OUT/pieces is there, so a stopped run goes on where it was, and --jobs changes speed alone. The file
+keeps a hash of all settings that lead to it; where they have changed, the piece is made anew.
+
+Choices and simplifications:
+- One beta means one optimum for all but exo-pref: exo-rw, dpo-rw and online have beta_pi = 1 and
+  beta_r = beta, dpo-pref beta_pi = beta, ppo kl_coef = beta. exo-pref's temperature is set by
+  label_smoothing as much as by beta_pi, so it is swept at the paper's 1e-3 and, as exo-pref-0.12,
+  at sigmoid(-2), where it matches Bradley-Terry for close pairs. Nobody is compared at equal beta,
+  but at equal KL.
+- All read the same number of completions per step, for the same number of steps. Learning rates
+  were tried per family of methods on seed 0 (LEARNING_RATE), and are the same for all betas.
+- Each seed has its own data, sft, labels and reward models. Standard errors are over seeds.
+- All policies are judged on the same held-out prompts, with the same uniform numbers.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+# --------------------------------------------------------------------------------------------------
+# The matrix
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Sizes of a run; every number is in results.json."""
+
+    # what is run: methods x betas x seeds, with these
+    betas: tuple = ()  # ((reward, (beta, ...)), ...)
+    methods: tuple = ()
+    seeds: int = 3
+    widths: tuple = (8, 16)  # of calibration, beside n_embd: exo-rw-oracle and dpo-rw-oracle alone
+    pairs: tuple = (128, 512, 2048)  # of sample efficiency, beside all of them
+    efficiency: tuple = ("exo-pref", "dpo-pref", "exo-rw", "dpo-rw")
+    efficiency_rewards: tuple = ("sentiment",)
+    # how
+    encoding: str = "experiments.reviews:encoding"
+    n_embd: int = 48
+    n_layer: int = 2
+    n_head: int = 4
+    block_size: int = 96
+    new: int = 44  # longest completion drawn; the grammar's longest is 41
+    sft_rows: int = 20_000
+    sft_iters: int = 12_000
+    sft_batch: int = 16
+    sft_rate: float = 2e-3
+    prompts: int = 2048  # training prompts
+    K: int = 8  # completions of each
+    groups: int = 16  # groups per step: 16 of 8 completions, or 64 pairs
+    steps: int = 100
+    evals: int = 3  # evaluations along the way, the last one included
+    rm_iters: int = 250
+    judged: tuple = (64, 16)  # held-out prompts, and completions of each, that judge a policy
+    pool: int = 1024  # completions of each of them from sft, for the optimum and best-of-n
+
+
+REWARDS = {
+    "sentiment": "experiments.reviews:sentiment",
+    "conviction": "experiments.reviews:conviction",
+    "lexicon": "experiments.frontier_corpus:lexicon",
+}
+SMOOTH = 1 / (1 + math.exp(2))  # see the top
+METHODS = {  # name: (stage, what it learns from, label smoothing)
+    "exo-pref": ("exo", "pairs", 1e-3),
+    "exo-pref-0.12": ("exo", "pairs", SMOOTH),
+    "dpo-pref": ("dpo", "pairs", 0.0),
+    "exo-rw": ("exo", "model", None),
+    "dpo-rw": ("dpo", "model", None),
+    "exo-rw-oracle": ("exo", "oracle", None),
+    "dpo-rw-oracle": ("dpo", "oracle", None),
+    "exo-online": ("exo", "own", None),
+    "dpo-online": ("dpo", "own", None),
+    "ppo": ("ppo", "own", None),
+    "exo-online-oracle": ("exo", "own-oracle", None),
+}
+CALIBRATION = ("exo-rw-oracle", "dpo-rw-oracle")
+LEARNING_RATE = {  # by what is learned from; see the top
+    "pairs": 2e-4,
+    "model": 2e-4,
+    "oracle": 2e-4,
+    "own": 1e-3,
+    "own-oracle": 5e-4,
+    "ppo": 1e-3,
+    "rm": 1e-3,
+}
+BEST_OF = (1, 2, 4, 8, 16, 32, 64)
+OPTIMUM_BETAS = tuple(2 ** (k / 2) for k in range(8, -7, -1))  # 16 ... 0.125
+LEAST_ESS = 20  # the optimum's curve ends where fewer completions of the pool carry it
+BUDGETS = (0.25, 0.5, 1.0, 2.0, 3.0)  # KLs at which methods are compared
+
+FULL = Matrix(
+    betas=(("sentiment", (4.0, 1.0, 0.25)), ("conviction", (2.0, 0.5, 0.125))),
+    methods=tuple(METHODS),
+)
+QUICK = replace(
+    FULL,
+    seeds=1,
+    widths=(),
+    pairs=(),
+    sft_iters=6000,
+    prompts=1024,
+    groups=8,
+    steps=80,
+    evals=2,
+    rm_iters=120,
+    judged=(32, 16),
+    pool=512,
+)
+
+# --------------------------------------------------------------------------------------------------
+# Pieces
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One unit of work: `make` a result of `spec`, when the pieces in `needs` are there."""
+
+    name: str
+    make: str  # a name in MAKERS
+    spec: dict
+    needs: tuple[str, ...] = ()
+
+
+# fields that say which pieces there are; the others say how each is made
+WHICH = ("betas", "methods", "seeds", "widths", "pairs", "efficiency", "efficiency_rewards")
+
+
+def plan(matrix: Matrix) -> dict[str, Piece]:
+    """All pieces by name, in an order in which they can be made."""
+    how = asdict(matrix)
+    for name in WHICH:
+        del how[name]
+    pieces: dict[str, Piece] = {}
+
+    def add(name: str, make: str, needs: tuple = (), **spec) -> str:
+        pieces[name] = Piece(name, make, {**how, **spec}, tuple(needs))
+        return name
+
+    def policy(labels: str, rm: str | None, method: str, beta: float, **spec) -> None:
+        label = f"{method}-b{beta:g}"
+        judge = f"rm-{spec['reward']}-s{spec['seed']}"  # of all pairs, also where `rm` saw fewer
+        needs = dict.fromkeys((labels, judge, rm)) if rm else (labels,)
+        suffix = f"-n{spec['n_pairs']}" if spec["n_pairs"] else ""
+        name = labels.replace("labels", "policy") + f"-{label}{suffix}"
+        add(name, "policy", needs, method=method, beta=beta, labels=labels, rm=rm, **spec)
+
+    for seed in range(matrix.seeds):
+        for width in (matrix.n_embd, *matrix.widths):
+            size = {"seed": seed, "n_embd": width}
+            sft = add(f"sft-s{seed}-w{width}", "sft", **size)
+            for reward, betas in matrix.betas:
+                base = {**size, "reward": reward, "sft": sft}
+                name = f"labels-{reward}-s{seed}-w{width}"
+                labels = add(name, "labels", (sft,), **base)
+                if width != matrix.n_embd:
+                    add(f"limits-{reward}-s{seed}-w{width}", "limits", (labels,), **base, rm=None)
+                    for method in CALIBRATION:
+                        for beta in betas:
+                            policy(labels, None, method, beta, **base, n_pairs=None)
+                    continue
+                rm = add(f"rm-{reward}-s{seed}", "rm", (labels,), **base, n_pairs=None)
+                limits = f"limits-{reward}-s{seed}-w{width}"
+                add(limits, "limits", (labels, rm), **base, rm=rm)
+                for method in matrix.methods:
+                    for beta in betas:
+                        policy(labels, rm, method, beta, **base, n_pairs=None)
+                for n in matrix.pairs if reward in matrix.efficiency_rewards else ():
+                    few = add(f"rm-{reward}-s{seed}-n{n}", "rm", (labels,), **base, n_pairs=n)
+                    for method in matrix.efficiency:
+                        for beta in betas:
+                            policy(labels, few, method, beta, **base, n_pairs=n)
+    return pieces
+
+
+def keys(pieces: dict[str, Piece]) -> dict[str, str]:
+    """A hash of each piece's settings and of all that it is made from."""
+    out: dict[str, str] = {}
+    for name, piece in pieces.items():
+        said = json.dumps([piece.make, piece.spec, [out[need] for need in piece.needs]])
+        out[name] = hashlib.sha256(said.encode()).hexdigest()[:16]
+    return out
+
+
+def load_piece(out: Path, name: str, key: str | None = None) -> dict | None:
+    """The result of a finished piece, None if it is not there or (key given) of other settings."""
+    path = out / "pieces" / f"{name}.json"
+    if not path.exists():
+        return None
+    held = json.loads(path.read_text(encoding="utf-8"))
+    return held["result"] if key in (None, held["key"]) else None
+
+
+def work(out: Path, piece: Piece, key: str) -> str:
+    """Make one piece and write its file, whole or not at all. What stages print goes to a log."""
+    import torch
+
+    from experiments.frontier_stages import MAKERS
+    from train import make_folder, write_json
+
+    start = time.perf_counter()
+    torch.set_num_threads(1)  # the sums, and so the last bits, would depend on it
+    for folder in ("pieces", "logs", "runs"):
+        make_folder(out / folder)
+    log = out / "logs" / f"{piece.name}.txt"
+    with (
+        open(log, "w", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        result = MAKERS[piece.make](out, piece.name, piece.spec)
+    write_json(
+        out / "pieces" / f"{piece.name}.json",
+        {"key": key, "seconds": round(time.perf_counter() - start, 1), "result": result},
+    )
+    log.unlink()
+    return piece.name
+
+
+def run_pieces(out: Path, pieces: dict[str, Piece], jobs: int) -> None:
+    """Make what is missing, `jobs` pieces at a time, each as soon as what it needs is there."""
+    from tqdm import tqdm
+
+    key = keys(pieces)
+    done = {name for name in pieces if load_piece(out, name, key[name]) is not None}
+    todo = [piece for name, piece in pieces.items() if name not in done]
+    bar = tqdm(total=len(pieces), initial=len(done), desc="frontier", unit="piece")
+    with bar:
+        if jobs == 1:
+            for piece in todo:
+                bar.set_postfix_str(piece.name)
+                work(out, piece, key[piece.name])
+                bar.update()
+            return
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            running = {}
+            try:
+                while todo or running:
+                    ready = [p for p in todo if done.issuperset(p.needs)][: jobs - len(running)]
+                    for piece in ready:
+                        todo.remove(piece)
+                        running[pool.submit(work, out, piece, key[piece.name])] = piece.name
+                    bar.set_postfix_str(", ".join(running.values()))
+                    finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        del running[future]
+                        done.add(future.result())
+                        bar.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+def run(out: Path, matrix: Matrix, jobs: int) -> dict:
+    from experiments import frontier_report
+
+    pieces = plan(matrix)
+    run_pieces(out, pieces, jobs)
+    return frontier_report.report(out, matrix, pieces)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes take one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        "python -m experiments.frontier",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--quick", action="store_true", help="one seed, three betas, minutes")
+    parser.add_argument("--out", type=Path, help="folder (out/frontier; -quick, -corpus)")
+    parser.add_argument("--seeds", type=int, help="number of seeds (3; --quick: 1)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--rewards", nargs="+", metavar="NAME", help="sentiment, conviction")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", help='real text: rows with "text"')
+    parser.add_argument("--lexicon", type=Path, metavar="FILE", help="word TAB valence lines")
+    args = parser.parse_args(argv)
+    for name in ("seeds", "jobs"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    if bool(args.corpus) != bool(args.lexicon):
+        parser.error("give --corpus and --lexicon together")
+    for path in filter(None, (args.corpus, args.lexicon)):
+        if not path.is_file():
+            parser.error(f"there is no file {path}")
+    known = ["lexicon"] if args.corpus else ["sentiment", "conviction"]
+    for name in args.rewards or []:
+        if name not in known:
+            parser.error(f"unknown reward {name!r}: choose from {', '.join(known)}")
+    return args
+
+
+def settings(args: argparse.Namespace) -> tuple[Path, Matrix]:
+    """The folder and the matrix that the flags ask for."""
+    matrix, name = QUICK if args.quick else FULL, "frontier"
+    if args.corpus:
+        from experiments import frontier_corpus
+
+        # workers and stages find the files there: a reward's name has no room for them
+        os.environ[frontier_corpus.CORPUS] = str(args.corpus.resolve())
+        os.environ[frontier_corpus.LEXICON] = str(args.lexicon.resolve())
+        matrix = frontier_corpus.matrix(matrix)
+        name += "-corpus"
+    matrix = replace(matrix, seeds=args.seeds or matrix.seeds)
+    if args.rewards:
+        chosen = tuple((name, betas) for name, betas in matrix.betas if name in args.rewards)
+        matrix = replace(matrix, betas=chosen)
+    return args.out or Path("out") / (name + "-quick" * args.quick), matrix
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    from data import InputError
+
+    try:
+        run(*settings(args), args.jobs)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    except InputError as error:
+        print(f"frontier: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

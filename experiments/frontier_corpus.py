@@ -1,0 +1,106 @@
+"""
+Real text for the frontier: sentences of a corpus, a vocabulary of its words, a lexicon's reward.
+
+    python -m experiments.frontier --corpus reviews.jsonl.gz --lexicon vader_lexicon.txt
+
+A row is a sentence or two of one text: the prompt its first words, the completion the rest. The
+vocabulary is the corpus's 2,000 commonest words, all else is spelled in bytes. The reward counts
+words: with s the sum of their valences in the lexicon, 4 s / sqrt(s^2 + 15), which is the VADER
+score without its rules of grammar, times 4: within ±4, and no word pays much after the fifth.
+
+A reward is named module:function, which leaves no room for a file: the two files are found in the
+environment, under CORPUS and LEXICON.
+"""
+
+import functools
+import html
+import math
+import os
+import random
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import tiktoken
+
+from data import InputError, read_rows
+from experiments.reviews import PATTERN
+
+CORPUS, LEXICON = "FRONTIER_CORPUS", "FRONTIER_LEXICON"
+WORDS = 2000  # in the vocabulary, beside the 256 bytes
+PROMPT, LONGEST = 4, 24  # words
+BETAS = (("lexicon", (2.0, 1.0, 0.5, 0.25)),)
+
+
+def matrix(size):
+    """The same matrix for real text: one reward, longer texts, no sweep of widths or labels."""
+    own = {"encoding": "experiments.frontier_corpus:encoding", "block_size": 96, "new": 48}
+    betas = tuple((name, betas[: len(size.betas[0][1])]) for name, betas in BETAS)
+    own |= {"betas": betas, "widths": (), "pairs": (), "n_embd": 64, "pool": size.pool // 4}
+    return replace(size, **own)
+
+
+def file(name: str) -> str:
+    if name not in os.environ:
+        raise InputError("real text needs --corpus FILE and --lexicon FILE")
+    return os.environ[name]
+
+
+@functools.cache
+def sentences(path: str) -> list[tuple[str, str]]:
+    """All (prompt, completion) of a corpus with "text" in its rows, in file order."""
+    out = []
+    for where, row in read_rows(path):
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise InputError(f'{where}: a corpus needs rows with "text"')
+        text = re.sub(r"<[^>]*>|\s+", " ", html.unescape(row["text"]).lower())
+        for sentence in re.split(r"(?<=[.!?])\s+", text):
+            words = sentence.strip().split()
+            if PROMPT < len(words) <= LONGEST:
+                out.append((" ".join(words[:PROMPT]), " " + " ".join(words[PROMPT:])))
+    if not out:
+        raise InputError(f"{path}: no sentences of {PROMPT + 1} to {LONGEST} words")
+    return out
+
+
+def corpus_rows(n: int, seed: int) -> list[dict[str, str]]:
+    """n different sentences (all, where there are fewer) as {"prompt", "completion"}, shuffled."""
+    rows = sorted(set(sentences(file(CORPUS))))
+    random.Random(seed).shuffle(rows)
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in rows[:n]]
+
+
+@functools.cache
+def encoding() -> tiktoken.Encoding:
+    """The commonest words of the corpus as one token each, any other text as its UTF-8 bytes."""
+    counts = Counter()
+    for prompt, completion in sentences(file(CORPUS)):
+        counts.update(re.findall(PATTERN, prompt + completion))
+    words = [w for w, _ in counts.most_common() if len(w.encode()) > 1][:WORDS]
+    pieces = [bytes([i]) for i in range(256)] + [word.encode() for word in sorted(words)]
+    ranks = {piece: rank for rank, piece in enumerate(pieces)}
+    special = {"<|endoftext|>": len(ranks)}
+    return tiktoken.Encoding(
+        "corpus", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+
+
+@functools.cache
+def valences(path: str) -> dict[str, float]:
+    """{word: valence} of lines that begin with word TAB valence."""
+    out = {}
+    for i, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        word, *rest = line.split("\t")
+        try:
+            out[word.lower()] = float(rest[0])
+        except (IndexError, ValueError) as error:
+            raise InputError(f"{path}:{i}: a lexicon needs lines of word TAB valence") from error
+    return out
+
+
+def lexicon(prompt: str, completion: str) -> float:
+    """The squashed sum of the valences of the completion's words, within ±4."""
+    table = valences(file(LEXICON))
+    s = sum(table.get(word, 0.0) for word in re.findall(r"[a-z'-]+", completion.lower()))
+    return 4 * s / math.sqrt(s * s + 15)

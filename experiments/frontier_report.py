@@ -1,0 +1,221 @@
+"""
+From the frontier's pieces to results.json, table.md and the figures.
+
+A frontier is read at a given KL seed by seed (frontier_measure.at_kl), beginning at sft, KL 0,
+which every method reaches with a large enough beta; never beyond its last point. A seed whose
+frontier does not get there is left out, and a row says of how many seeds it is the mean.
+"""
+
+import itertools
+import math
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from experiments import frontier_figures
+from experiments.frontier import (
+    BUDGETS,
+    CALIBRATION,
+    LEARNING_RATE,
+    LEAST_ESS,
+    Matrix,
+    Piece,
+    load_piece,
+)
+from experiments.frontier_measure import at_kl
+from experiments.toy import mean_se
+from train import write_json
+
+RIVALS = {"exo-pref-0.12": "dpo-pref"}  # else the one of the same name
+QUANTITIES = {  # columns of the table
+    "oracle": "oracle reward",
+    "win_oracle_sft": "beats sft: oracle",
+    "win_rm_sft": "beats sft: model",
+    "win_oracle_chosen": "beats chosen: oracle",
+    "win_rm_chosen": "beats chosen: model",
+}
+
+
+def collect(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
+    """All finished pieces as flat lists of rows."""
+    found = {"sft": [], "labels": [], "reward_models": [], "rows": []}
+    found |= {"optimum": [], "best_of_n": [], "density": [], "samples": []}
+    for name, piece in pieces.items():
+        result, spec = load_piece(out, name), piece.spec
+        who = {k: spec[k] for k in ("reward", "seed", "n_embd") if k in spec}
+        if piece.make == "sft":
+            found["sft"].append({**who, **result})
+        elif piece.make == "labels":
+            found["labels"].append({**who, **result})
+        elif piece.make == "rm":
+            found["reward_models"].append({**who, "n_pairs": spec["n_pairs"], **result})
+        elif piece.make == "limits":
+            for kind in ("optimum", "best_of_n"):
+                found[kind] += [{**who, **row} for row in result[kind]]
+        else:
+            who |= {k: spec[k] for k in ("method", "beta", "n_pairs", "K")}
+            last = result["path"][-1]["step"]
+            found["rows"] += [{**who, **row, "last": row["step"] == last} for row in result["path"]]
+            if result.get("density"):
+                kl = result["path"][-1]["kl"]
+                found["density"].append({**who, "kl": kl, **result["density"]})
+            if spec["seed"] == 0 and spec["n_pairs"] is None and spec["n_embd"] == matrix.n_embd:
+                found["samples"] += [{**who, **sample} for sample in result["samples"]]
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Curves
+
+
+def only(rows: list[dict], **where) -> list[dict]:
+    return [row for row in rows if all(row[k] == v for k, v in where.items())]
+
+
+def curve(done: dict, method: str, quantity: str = "oracle", **where) -> list[tuple[float, float]]:
+    """One seed's frontier of a method: (KL, quantity), beginning at sft. where: reward, seed,
+    n_embd, and n_pairs (None: all)."""
+    place = {k: v for k, v in where.items() if k != "n_pairs"}
+    if method == "optimum":
+        rows = [r for r in only(done["optimum"], **place) if r["ess"] >= LEAST_ESS]
+    elif method.startswith("best-of-n"):
+        rows = only(done["best_of_n"], method=method, **place)
+    else:
+        where = {"n_pairs": None, **where}
+        rows = only(done["rows"], method=method, last=True, **where)
+    points = [(row["kl"], row[quantity]) for row in rows if row.get(quantity) is not None]
+    start = only(done["best_of_n"], n=1, **place)[:1]  # sft itself
+    start = [(0.0, row[quantity]) for row in start if quantity in row]
+    return sorted(start + points) if points else []
+
+
+def matched(done: dict, method: str, quantity: str, kl: float, seeds, **where) -> dict[int, float]:
+    """{seed: quantity at this KL}, only seeds whose frontier reaches it."""
+    out = {}
+    for seed in seeds:
+        value = at_kl(curve(done, method, quantity, seed=seed, **where), kl)
+        if not math.isnan(value):
+            out[seed] = value
+    return out
+
+
+def compared(matrix: Matrix) -> tuple[str, ...]:
+    return ("optimum", "best-of-n-oracle", "best-of-n", *matrix.methods)
+
+
+def matched_rows(done: dict, matrix: Matrix) -> list[dict]:
+    """Every method's quantities at each budget; for EXO also its lead over its DPO, by seeds."""
+    seeds, out = range(matrix.seeds), []
+    for (reward, _), kl, method in itertools.product(matrix.betas, BUDGETS, compared(matrix)):
+        where, entry = {"reward": reward, "n_embd": matrix.n_embd}, {}
+        for quantity in QUANTITIES:
+            values = matched(done, method, quantity, kl, seeds, **where)
+            if values:
+                entry[quantity], entry[f"{quantity}_se"] = mean_se(list(values.values()))
+                entry["seeds"] = len(values)
+        if not entry:
+            continue
+        if method.startswith("exo"):
+            rival = RIVALS.get(method, "dpo" + method.removeprefix("exo"))
+            ours, theirs = (matched(done, m, "oracle", kl, seeds, **where) for m in (method, rival))
+            leads = [ours[s] - theirs[s] for s in sorted(ours.keys() & theirs.keys())]
+            if leads:
+                entry["lead"], entry["lead_se"] = mean_se(leads)
+                entry["lead_seeds"] = len(leads)
+        out.append({"reward": reward, "kl": kl, "method": method, **entry})
+    return out
+
+
+def efficiency_rows(done: dict, matrix: Matrix) -> list[dict]:
+    """Oracle reward at each budget over the number of labelled pairs, seed by seed."""
+    out = []
+    labels = only(done["labels"], n_embd=matrix.n_embd)
+    counts = {(row["reward"], row["seed"]): row["pairs"] for row in labels}
+    places = itertools.product(matrix.betas, matrix.efficiency, (*matrix.pairs, None), BUDGETS)
+    for (reward, _), method, n, kl in places:
+        if reward not in matrix.efficiency_rewards or not matrix.pairs:
+            continue
+        where = {"reward": reward, "n_embd": matrix.n_embd, "n_pairs": n}
+        values = matched(done, method, "oracle", kl, range(matrix.seeds), **where)
+        for seed, value in values.items():
+            row = {"reward": reward, "method": method, "pairs": n or counts[reward, seed]}
+            out.append({**row, "kl": kl, "seed": seed, "oracle": value})
+    return out
+
+
+def calibration_rows(done: dict, matrix: Matrix) -> list[dict]:
+    """How far below the optimum's frontier, at their own KL, the policies of each width end."""
+    out = []
+    for row in done["rows"]:
+        if row["method"] in CALIBRATION and row["last"] and row["n_pairs"] is None:
+            where = {k: row[k] for k in ("reward", "seed", "n_embd")}
+            best = at_kl(curve(done, "optimum", **where), row["kl"])
+            keep = {k: row[k] for k in ("method", "beta", "kl", "oracle")}
+            gap = None if math.isnan(best) else best - row["oracle"]
+            out.append({**where, **keep, "gap": gap})
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# Telling
+
+
+def cell(entry: dict, name: str, digits: int = 2) -> str:
+    if name not in entry:
+        return "–"
+    return f"{entry[name]:.{digits}f} ± {entry[name + '_se']:.{digits}f}"
+
+
+def table(done: dict, matrix: Matrix) -> str:
+    """Markdown: a table per reward and budget."""
+    lines = []
+    for (reward, _), kl in itertools.product(matrix.betas, BUDGETS):
+        entries = {e["method"]: e for e in only(done["matched"], reward=reward, kl=kl)}
+        lines += [f"\n**{reward}, KL(π‖sft) = {kl:g}**\n"]
+        lines += ["| | " + " | ".join(QUANTITIES.values()) + " | lead over DPO | seeds |"]
+        lines += ["| --- |" + " ---: |" * (len(QUANTITIES) + 2)]
+        for method in compared(matrix):
+            entry = entries.get(method, {"seeds": 0})
+            cells = [cell(entry, name) for name in QUANTITIES]
+            lead = f"{entry['lead']:+.2f} ± {entry['lead_se']:.2f}" if "lead" in entry else ""
+            cells += [lead, f"{entry['seeds']}"]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    note = (
+        "Mean ± standard error over seeds (0 where there is one). Every number is read off a "
+        "frontier over beta at this KL, interpolated in its square root; best-of-n at its bound. "
+        "A dash: no seed's frontier gets there.\n"
+    )
+    return note + "\n".join(lines) + "\n"
+
+
+def text_samples(done: dict, matrix: Matrix) -> str:
+    """Markdown: what policies write, good and bad, at their second beta."""
+    lines = []
+    for reward, betas in matrix.betas:
+        beta = betas[min(1, len(betas) - 1)]
+        lines.append(f"\n## {reward}, beta {beta:g}, seed 0\n")
+        for method in matrix.methods:
+            for row in only(done["samples"], reward=reward, method=method, beta=beta):
+                rates = f"oracle {row['oracle']:.2f}, model {row['rm']:.2f}"
+                text = f"{row['prompt']}**{row['completion']}**".replace("\n", " ")
+                lines.append(f"- {method}, {row['which']} ({rates}): {text}")
+    return "\n".join(lines) + "\n"
+
+
+def report(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
+    done = collect(out, matrix, pieces)
+    done["matched"] = matched_rows(done, matrix)
+    done["efficiency"] = efficiency_rows(done, matrix)
+    done["calibration"] = calibration_rows(done, matrix)
+    settings = {"matrix": asdict(matrix), "learning_rate": LEARNING_RATE, "least_ess": LEAST_ESS}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    done = {"settings": settings, "versions": versions, **done}
+    write_json(out / "results.json", done)
+    (out / "table.md").write_text(table(done, matrix), encoding="utf-8")
+    (out / "samples.md").write_text(text_samples(done, matrix), encoding="utf-8")
+    print(table(done, matrix))
+    frontier_figures.draw_all(done, matrix, out)
+    print(f"Written to {out}")
+    return done

@@ -1,0 +1,407 @@
+"""
+How each piece of the frontier is made: files for a stage of train.py, the stage, the judgement.
+
+    sft      data -> train.py sft -> completions of the training prompts and of the held-out ones
+    labels   the oracle's rewards of all completions, and Bradley-Terry labels for pairs of them
+    rm       train.py reward on the pairs -> its rewards of all completions
+    limits   the optimum's frontier and best-of-n, from a large pool of sft's completions
+    policy   train.py exo, dpo or ppo -> draws on the held-out prompts, by oracle and model
+
+A maker takes (OUT, the piece's name, its settings) and returns what its file will hold. Files live
+in OUT/runs/NAME, arrays in .npz beside them. A stage that was stopped goes on from its checkpoint.
+"""
+
+import contextlib
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train
+from data import InputError, get_encoding
+from experiments import frontier_measure as measure
+from experiments import reviews
+from experiments.frontier import (
+    BEST_OF,
+    LEARNING_RATE,
+    METHODS,
+    OPTIMUM_BETAS,
+    REWARDS,
+)
+from experiments.frontier_corpus import corpus_rows
+
+SFT_SEED, JUDGE_SEED, POOL_SEED, LABEL_SEED = 11, 22, 33, 44  # which draws these are
+HELD_OUT = 500  # rows beside the training rows
+CPU = torch.device("cpu")
+DENSITY = 512  # completions of one prompt whose density ratio is told
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with train.replacing(path) as temporary:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def save_arrays(path: Path, **arrays) -> None:
+    with train.replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def stage(out: Path, argv: list) -> None:
+    """Run a stage of train.py into `out`; go on if it was stopped there, start over if the settings
+    have changed since."""
+    argv = [*map(str, argv), "--out", str(out), "--device", "cpu"]
+    status = 2
+    if (out / "ckpt.pt").exists():
+        status = train.main([*argv, "--resume"])
+    if status == 2:
+        status = train.main([*argv, "--overwrite"])
+    if status > 128:
+        raise KeyboardInterrupt
+    if status:
+        raise InputError(f"train.py {' '.join(argv)} ended with status {status}: see {out}")
+    (out / "best.pt").unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# From data to labels
+
+
+def make_sft(out: Path, name: str, spec: dict) -> dict:
+    folder, n, seed = out / "runs" / name, spec["sft_rows"], spec["seed"]
+    # seeds read different reviews, and widths the same
+    if spec["encoding"].startswith("experiments.reviews"):
+        rows = reviews.rows(n + HELD_OUT, seed)
+    else:
+        rows = corpus_rows(n + HELD_OUT, seed)
+    held = rows[-HELD_OUT:]
+    write_rows(folder / "sft.jsonl", rows[:-HELD_OUT])
+    write_rows(folder / "held_out.jsonl", held)
+    model = [x for k in ("n_layer", "n_head", "n_embd", "block_size") for x in (f"--{k}", spec[k])]
+    iters = spec["sft_iters"]
+    argv = ["sft", "--data", folder / "sft.jsonl", "--eval_data", folder / "held_out.jsonl"]
+    argv += ["--encoding", spec["encoding"], *model, "--max_iters", iters, "--seed", seed]
+    argv += ["--batch_size", spec["sft_batch"], "--learning_rate", spec["sft_rate"]]
+    stage(folder, [*argv, "--eval_interval", max(1, iters // 4)])
+
+    gpt, ckpt = train.load_gpt(folder)
+    rng = random.Random(seed)
+    P, n_judged = spec["prompts"], spec["judged"][0]
+    prompts = [row["prompt"] for row in rng.sample(rows[:-HELD_OUT], P)]
+    judged = [row["prompt"] for row in held[:n_judged]]
+    draws = {
+        "train": (prompts, spec["K"], SFT_SEED),
+        "judge": (judged, spec["judged"][1], JUDGE_SEED + 1),  # not the policies' numbers
+        "pool": (judged, spec["pool"], POOL_SEED),
+    }
+    for what, (ps, k, s) in draws.items():
+        drawn = measure.draw(gpt, ckpt["encoding"], ps, k, spec["new"], 1000 * seed + s)
+        ended = drawn.groups.ended[drawn.groups.grid(np.arange(len(ps)))[0]].tolist()
+        rows = zip(ps, drawn.texts, ended, strict=True)
+        fields = ("prompt", "completions", "ended")
+        write_rows(folder / f"{what}.jsonl", [dict(zip(fields, row, strict=True)) for row in rows])
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {"loss": [json.loads(x)["loss"] for x in lines if '"eval"' in x][-1]}
+
+
+def rate(reward, rows: list[dict]) -> np.ndarray:
+    """(P, n) rewards of rows as make_sft writes them."""
+    prompts = [row["prompt"] for row in rows for _ in row["completions"]]
+    texts = [y for row in rows for y in row["completions"]]
+    ended = [e for row in rows for e in row["ended"]]
+    return reward(prompts, texts, ended).numpy().reshape(len(rows), -1)
+
+
+def bradley_terry(rows: list[dict], rewards: np.ndarray, seed: int) -> list[dict]:
+    """Neighbours of each row as labelled pairs. The first pair of every prompt, then the second of
+    every prompt: the first n pairs are what n labels would have bought."""
+    rng, pairs = random.Random(seed), []
+    for j in range(0, rewards.shape[1] - 1, 2):
+        for row, r in zip(rows, rewards, strict=True):
+            a, b = row["completions"][j : j + 2]
+            first_wins = rng.random() < 1 / (1 + np.exp(r[j + 1] - r[j]))
+            if a != b:
+                chosen, rejected = (a, b) if first_wins else (b, a)
+                pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
+def make_labels(out: Path, name: str, spec: dict) -> dict:
+    folder, oracle = out / "runs" / name, train.load_reward(REWARDS[spec["reward"]], CPU)
+    arrays = {}
+    for what in ("train", "judge", "pool"):
+        rows = read_rows(out / "runs" / spec["sft"] / f"{what}.jsonl")
+        arrays[what] = rate(oracle, rows)
+        if what == "pool":
+            break
+        pairs = bradley_terry(rows, arrays[what], LABEL_SEED + spec["seed"])
+        write_rows(folder / f"{what}-pairs.jsonl", pairs)
+        if what == "train":
+            write_rows(folder / "oracle.jsonl", with_rewards(rows, arrays[what]))
+            write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
+            n_pairs = len(pairs)
+        else:  # chosen texts of the held-out prompts, to win against
+            arrays["chosen"] = oracle([p["prompt"] for p in pairs], [p["chosen"] for p in pairs])
+    save_arrays(folder / "rewards.npz", **arrays)
+    mean, stderr = measure.mean_stderr(arrays["judge"])
+    spread = float(arrays["pool"].std(1).mean())
+    return {"pairs": n_pairs, "oracle": mean, "oracle_stderr": stderr, "oracle_std": spread}
+
+
+def with_rewards(rows: list[dict], rewards: np.ndarray) -> list[dict]:
+    return [
+        {"prompt": row["prompt"], "completions": row["completions"], "rewards": r.tolist()}
+        for row, r in zip(rows, rewards, strict=True)
+    ]
+
+
+def make_rm(out: Path, name: str, spec: dict) -> dict:
+    folder = out / "runs" / name
+    labels = out / "runs" / f"labels-{spec['reward']}-s{spec['seed']}-w{spec['n_embd']}"
+    pairs = read_rows(labels / "train-pairs.jsonl")[: spec["n_pairs"]]
+    write_rows(folder / "pairs.jsonl", pairs)
+    argv = ["reward", "--data", folder / "pairs.jsonl", "--init", out / "runs" / spec["sft"]]
+    argv += ["--eval_data", labels / "judge-pairs.jsonl", "--max_iters", spec["rm_iters"]]
+    argv += ["--batch_size", 4 * spec["groups"], "--learning_rate", LEARNING_RATE["rm"]]
+    stage(folder, [*argv, "--eval_interval", spec["rm_iters"], "--seed", spec["seed"]])
+    reward, arrays = train.load_reward(str(folder), CPU), {}
+    held = np.load(labels / "rewards.npz")
+    for what in ("train", "judge", "pool"):
+        rows = read_rows(out / "runs" / spec["sft"] / f"{what}.jsonl")
+        arrays[what] = rate(reward, rows)
+        if what == "train":
+            write_rows(folder / "model.jsonl", with_rewards(rows, arrays[what]))
+    pairs = read_rows(labels / "judge-pairs.jsonl")
+    arrays["chosen"] = reward([p["prompt"] for p in pairs], [p["chosen"] for p in pairs])
+    save_arrays(folder / "rewards.npz", **arrays)
+    within = [
+        np.corrcoef(a, b)[0, 1]
+        for a, b in zip(arrays["pool"], held["pool"], strict=True)
+        if a.std() > 0 and b.std() > 0
+    ]
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    first = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        if '"eval"' in line
+    ][-1]
+    mean, stderr = measure.mean_stderr(arrays["judge"])
+    return {
+        "accuracy": first["accuracy"],
+        "train_loss": last.get("loss"),
+        "correlation": float(np.mean(within)) if within else None,
+        "rm": mean,
+        "rm_stderr": stderr,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# What policies are compared with
+
+
+class Judges:
+    """The oracle and, where there is one, the reward model; sft's draws and the chosen texts on the
+    held-out prompts, rated by each."""
+
+    def __init__(self, out: Path, spec: dict):
+        labels = f"labels-{spec['reward']}-s{spec['seed']}-w{spec['n_embd']}"
+        self.rewards = {"oracle": train.load_reward(REWARDS[spec["reward"]], CPU)}
+        self.held = {"oracle": dict(np.load(out / "runs" / labels / "rewards.npz"))}
+        if spec["rm"]:
+            # all policies by the model of all pairs, also those that learned from fewer
+            whole = f"rm-{spec['reward']}-s{spec['seed']}"
+            self.rewards["rm"] = train.load_reward(str(out / "runs" / whole), CPU)
+            self.held["rm"] = dict(np.load(out / "runs" / whole / "rewards.npz"))
+        pairs = read_rows(out / "runs" / labels / "judge-pairs.jsonl")
+        prompts = read_rows(out / "runs" / spec["sft"] / "judge.jsonl")
+        own: dict[str, list[int]] = {row["prompt"]: [] for row in prompts}
+        for i, pair in enumerate(pairs):
+            own[pair["prompt"]].append(i)
+        self.chosen = [own[row["prompt"]] for row in prompts]  # pairs of each prompt
+
+    def wins(self, judge: str, values: np.ndarray) -> dict[str, np.ndarray]:
+        """{win_JUDGE_sft, win_JUDGE_chosen}, each (P, n): 1 for a win, a tie is half."""
+        held = self.held[judge]
+        chosen = [
+            measure.win_values(v[None], held["chosen"][ids][None])[0]
+            if ids
+            else np.full(len(v), np.nan)
+            for v, ids in zip(values, self.chosen, strict=True)
+        ]
+        won = {f"win_{judge}_sft": measure.win_values(values, held["judge"])}
+        return won | {f"win_{judge}_chosen": np.array(chosen)}
+
+    def values(self, rated: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All that is averaged over completions: rewards and wins."""
+        out = dict(rated)
+        for judge, values in rated.items():
+            out |= self.wins(judge, values)
+        return out
+
+
+def make_limits(out: Path, name: str, spec: dict) -> dict:
+    judges = Judges(out, spec)
+    values = judges.values({judge: held["pool"] for judge, held in judges.held.items()})
+    keep = {k: v for k, v in values.items() if not np.isnan(v).any()}
+    oracle = judges.held["oracle"]["pool"]
+    result = {
+        "optimum": [
+            {"beta": beta, **measure.optimum(oracle, beta, keep)} for beta in OPTIMUM_BETAS
+        ],
+        "best_of_n": [],
+    }
+    for method, judge in (("best-of-n", "rm"), ("best-of-n-oracle", "oracle")):
+        if judge in judges.held:
+            score = judges.held[judge]["pool"]
+            for n in [n for n in BEST_OF if n <= score.shape[1]]:
+                row = {"method": method, "n": n, **measure.best_of_n(score, n, keep)}
+                # n/(n+1) of all contests with one draw of sft, where nothing ties
+                fair = measure.win_values(score, score)
+                row["win_own"] = measure.best_of_n(score, n, {"w": fair})["w"]
+                result["best_of_n"].append(row)
+    return result
+
+
+# --------------------------------------------------------------------------------------------------
+# Policies
+
+
+def policy_argv(out: Path, spec: dict) -> list:
+    """The command line of a method at one beta."""
+    loss, source, smoothing = METHODS[spec["method"]]
+    labels, sft, beta = out / "runs" / spec["labels"], out / "runs" / spec["sft"], spec["beta"]
+    rate = LEARNING_RATE["ppo" if loss == "ppo" else source]
+    every = max(1, spec["steps"] // spec["evals"])
+    argv = [loss, "--init", sft, "--max_iters", spec["steps"], "--learning_rate", rate]
+    argv += ["--eval_interval", every, "--kl_samples", 0, "--seed", spec["seed"]]
+    size = spec["groups"] * spec["K"]
+    if source == "pairs":
+        data = labels / "train-pairs.jsonl"
+        if spec["n_pairs"]:
+            data = out / "runs" / spec["rm"] / "pairs.jsonl"
+        argv += ["--data", data, "--batch_size", size // 2, "--beta_pi", beta]
+        return [*argv, "--label_smoothing", smoothing]
+    argv += ["--batch_size", spec["groups"]]
+    if source in ("model", "oracle"):
+        data = labels / "oracle.jsonl" if source == "oracle" else out / "runs" / spec["rm"]
+        data = data if source == "oracle" else data / "model.jsonl"
+        return [*argv, "--data", data, "--beta_pi", 1.0, "--beta_r", beta]
+    reward = REWARDS[spec["reward"]] if source == "own-oracle" else out / "runs" / spec["rm"]
+    argv += ["--data", labels / "prompts.jsonl", "--reward", reward]
+    argv += ["--K", spec["K"], "--max_new_tokens", spec["new"]]
+    if loss == "ppo":
+        return [*argv, "--kl_coef", beta]
+    return [*argv, "--online", "--beta_pi", 1.0, "--beta_r", beta]
+
+
+def judge(gpt, sft, encoding: str, judges: Judges, prompts: list[str], n: int, spec: dict) -> dict:
+    """A row of results: n draws for each prompt, judged. The draws are under "draws"."""
+    seed = 1000 * spec["seed"] + JUDGE_SEED
+    drawn = measure.draw(gpt, encoding, prompts, n, spec["new"], seed)
+    rated = {name: drawn.rate(reward) for name, reward in judges.rewards.items()}
+    values = judges.values(rated) | measure.token_kl(gpt, sft, drawn.groups)
+    row = {}
+    for name, x in values.items():
+        whole = x[~np.isnan(x).any(1)]
+        row[name], row[f"{name}_stderr"] = measure.mean_stderr(whole)
+    texts = [y for ys in drawn.texts for y in ys]
+    row["distinct"] = len(set(texts)) / len(texts)
+    if spec["encoding"].startswith("experiments.reviews"):
+        odds = [reviews.log_odds(p + y) for p, y in zip(*drawn.flat(), strict=True)]
+        whole = [x for x in odds if x is not None]
+        row["producible"] = len(whole) / len(odds)
+        row["praise"] = sum(x > 0 for x in whole) / max(1, len(whole))
+    return row | {"draws": (drawn, rated)}
+
+
+def samples(drawn, rated: dict) -> list[dict]:
+    """The best, a middling and the worst completion by the oracle, and the first one drawn."""
+    prompts, texts = drawn.flat()
+    order = np.argsort(rated["oracle"].flatten(), kind="stable")
+    which = {"best": order[-1], "middle": order[len(order) // 2], "worst": order[0], "first": 0}
+    return [
+        {"which": k, "prompt": prompts[i], "completion": texts[i]}
+        | {judge: float(x.flatten()[i]) for judge, x in rated.items()}
+        for k, i in which.items()
+    ]
+
+
+@contextlib.contextmanager
+def watched(argv: list, look, steps):
+    """The stage that argv asks for also writes what look(gpt, step) says at its evaluations."""
+    table, name = (vars(train), "Online") if "--online" in argv else (train.TASKS, argv[0])
+    kind = table[name]
+
+    class Watched(kind):
+        def evaluate(self, step: int) -> dict:
+            found = {"judged": look(self.gpt, step)} if step in steps else {}
+            return super().evaluate(step) | found
+
+    table[name] = Watched
+    try:
+        yield
+    finally:
+        table[name] = kind
+
+
+def make_policy(out: Path, name: str, spec: dict) -> dict:
+    folder, argv = out / "runs" / name, policy_argv(out, spec)
+    judges = Judges(out, spec)
+    sft, ckpt = train.load_gpt(out / "runs" / spec["sft"])
+    prompts = [r["prompt"] for r in read_rows(out / "runs" / spec["sft"] / "judge.jsonl")]
+
+    def look(gpt, step: int) -> dict:
+        """Between the first step and the last, a quarter of the final judgement."""
+        few = max(1, spec["judged"][1] // 4)
+        row = judge(gpt, sft, ckpt["encoding"], judges, prompts, few, spec)
+        return {k: v for k, v in row.items() if k != "draws"}
+
+    with watched(argv, look, range(1, spec["steps"])):
+        stage(folder, argv)
+    gpt, _ = train.load_gpt(folder)
+    row = judge(gpt, sft, ckpt["encoding"], judges, prompts, spec["judged"][1], spec)
+    result = {"samples": samples(*row.pop("draws")), "path": []}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "judged" in record:
+            result["path"].append({"step": record["step"], **record["judged"]})
+    result["path"].append({"step": spec["steps"], **row})
+    if spec["method"] in ("exo-rw-oracle", "dpo-rw-oracle", "exo-pref", "dpo-pref"):
+        result["density"] = density(out, spec, gpt, sft, judges)
+    return result
+
+
+def density(out: Path, spec: dict, gpt, sft, judges: Judges) -> dict | None:
+    """On one held-out prompt: log pi/sft of sft's pool, beside log pi*/sft = r / beta - log Z."""
+    if spec["seed"] != 0 or spec["n_pairs"]:
+        return None
+    row = read_rows(out / "runs" / spec["sft"] / "pool.jsonl")[0]
+    spell = get_encoding(spec["encoding"])
+    builder = measure.Builder(spec["block_size"], spell.eot_token, measure.Report())
+    prompt = spell.encode_ordinary(row["prompt"])
+    room = spec["block_size"] - len(prompt)  # broken bytes are spelled longer when read again
+    ids = [spell.encode_ordinary(y)[:room] for y in row["completions"][:DENSITY]]
+    builder.put(prompt, ids, row["ended"][:DENSITY])
+    groups = builder.groups()
+    ratio = measure.sequence_logps(gpt, groups) - measure.sequence_logps(sft, groups)
+    oracle = judges.held["oracle"]["pool"][0]
+    log_z = float(np.logaddexp.reduce(oracle / spec["beta"]) - np.log(len(oracle)))
+    out_of = {"prompt": row["prompt"], "log_ratio": ratio[0].round(4).tolist()}
+    best = oracle[: len(ratio[0])] / spec["beta"] - log_z
+    return out_of | {"log_ratio_optimum": best.round(4).tolist()}
+
+
+MAKERS = {
+    "sft": make_sft,
+    "labels": make_labels,
+    "rm": make_rm,
+    "limits": make_limits,
+    "policy": make_policy,
+}

@@ -1,0 +1,290 @@
+"""experiments/frontier*.py: estimates against enumeration, pieces that survive a stop, and a tiny
+run of everything."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from data import Builder, Report
+from experiments import frontier, frontier_corpus
+from experiments import frontier_measure as measure
+from experiments import frontier_report as report
+from model import GPT, GPTConfig
+
+TINY = replace(
+    frontier.QUICK,
+    betas=(("sentiment", (2.0, 0.5)),),
+    widths=(4,),
+    pairs=(8,),
+    efficiency=("dpo-pref", "exo-rw"),
+    n_embd=8,
+    n_layer=1,
+    n_head=2,
+    sft_rows=64,
+    sft_iters=4,
+    prompts=8,
+    K=4,
+    groups=2,
+    steps=2,
+    evals=2,
+    rm_iters=2,
+    judged=(4, 4),
+    pool=16,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One tiny run of all methods: (folder, results)."""
+    out = tmp_path_factory.mktemp("frontier") / "deep" / "out"
+    return out, frontier.run(out, TINY, jobs=1)
+
+
+def tiny_gpt(seed: int, vocab: int = 3) -> GPT:
+    config = GPTConfig(block_size=8, vocab_size=vocab, n_layer=1, n_head=1, n_embd=4)
+    gpt = GPT(config, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.mul_(8.0)
+    return gpt.eval()
+
+
+def enumerate_texts(gpt: GPT, prompt: list[int], new: int, eot: int) -> dict[tuple, float]:
+    """{completion, its last token eot unless it was cut: log-prob}, every one, one token a time."""
+    texts, ahead = {}, {(): 0.0}
+    for _ in range(new):
+        following = {}
+        for y, logp in ahead.items():
+            step = gpt(torch.tensor([[*prompt, *y]]))[0, -1].double().log_softmax(-1).tolist()
+            for token, value in enumerate(step):
+                (texts if token == eot else following)[(*y, token)] = logp + value
+        ahead = following
+    return texts | ahead
+
+
+# --------------------------------------------------------------------------------------------------
+# Estimates
+
+
+def test_token_kl_is_unbiased_and_steadier_than_k1():
+    """Weighted by pi over all texts, cut ones too, its mean is KL(pi || sft) and so is k1's."""
+    pi, sft, prompt, eot = tiny_gpt(0), tiny_gpt(1), [1, 0], 2
+    a, b = (enumerate_texts(gpt, prompt, 3, eot) for gpt in (pi, sft))
+    assert math.fsum(map(math.exp, a.values())) == pytest.approx(1, abs=1e-6)
+    exact = sum(math.exp(a[y]) * (a[y] - b[y]) for y in a)
+    entropy = -sum(math.exp(x) * x for x in a.values())
+    builder = Builder(8, eot, Report())
+    ended = [y[-1] == eot for y in a]
+    own = [list(y[:-1] if whole else y) for y, whole in zip(a, ended, strict=True)]
+    builder.put(prompt, own, ended)
+    groups, w = builder.groups(), np.exp(list(a.values()))
+    got = {name: x[0] for name, x in measure.token_kl(pi, sft, groups).items()}
+    assert got["kl"] @ w == pytest.approx(exact, abs=1e-5)
+    assert got["k1"] @ w == pytest.approx(exact, abs=1e-5)
+    assert got["entropy"] @ w == pytest.approx(entropy, abs=1e-5)
+    assert got["k1"] == pytest.approx([a[y] - b[y] for y in a], abs=1e-5)
+    assert got["tokens"].tolist() == [len(y) for y in a]
+    assert measure.sequence_logps(pi, groups)[0] == pytest.approx(list(a.values()), abs=1e-5)
+    spread = {k: (got[k] - exact) ** 2 @ w for k in ("kl", "k1")}
+    assert spread["kl"] < 0.5 * spread["k1"]
+    assert exact > 0.1
+
+
+def test_optimum_by_importance_sampling_is_the_enumerated_one():
+    """Two prompts of 50 texts: a pool drawn from sft gives reward and KL of the exact pi*."""
+    rng = np.random.default_rng(0)
+    log_sft = np.log(rng.dirichlet(np.ones(50), 2))
+    reward, beta = rng.normal(size=(2, 50)), 0.7
+    log_star = log_sft + reward / beta
+    log_star -= np.logaddexp.reduce(log_star, axis=1, keepdims=True)
+    star = np.exp(log_star)
+    exact = {"v": (star * reward).sum(1).mean(), "kl": (star * (log_star - log_sft)).sum(1).mean()}
+    drawn = np.stack([rng.choice(50, 400_000, p=np.exp(x)) for x in log_sft])
+    r = np.take_along_axis(reward, drawn, 1)
+    got = measure.optimum(r, beta, {"v": r})
+    assert got["v"] == pytest.approx(exact["v"], abs=0.01)
+    assert got["kl"] == pytest.approx(exact["kl"], abs=0.01)
+    assert measure.optimum(r, 1e9, {"v": r})["ess"] == pytest.approx(400_000)
+    lone = np.array([[0.0, 0.0, 50.0]])
+    assert measure.optimum(lone, 1.0, {"v": lone})["ess"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_best_of_n_is_the_mean_over_all_subsets(n):
+    """Against a plain loop over n-subsets, with ties and a value other than the score."""
+    score = np.array([[0.0, 2.0, 1.0, 2.0, -1.0], [3.0, 3.0, 3.0, 3.0, 3.0]])
+    value = np.array([[1.0, 5.0, 2.0, 7.0, 0.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
+    wanted = []
+    for s, v in zip(score, value, strict=True):
+        for subset in itertools.combinations(range(5), n):
+            top = max(s[i] for i in subset)
+            tied = [v[i] for i in subset if s[i] == top]
+            wanted.append(sum(tied) / len(tied))
+    got = measure.best_of_n(score, n, {"v": value})
+    assert got["v"] == pytest.approx(np.mean(wanted))
+    assert got["kl"] == pytest.approx(math.log(n) - (n - 1) / n)
+
+
+def test_best_of_n_has_its_kl_and_wins_n_of_n_plus_one():
+    """Of a continuous reward: KL = log n - (n - 1) / n, and n/(n+1) against one draw."""
+    n, u = 4, (np.arange(100_000) + 0.5) / 100_000  # rank of a completion under sft
+    density = n * u ** (n - 1)  # of the best of n, relative to sft
+    assert (density * np.log(density)).mean() == pytest.approx(math.log(n) - (n - 1) / n, abs=1e-4)
+    score = np.random.default_rng(0).normal(size=(1, 2000))
+    wins = measure.best_of_n(score, n, {"w": measure.win_values(score, score)})["w"]
+    assert wins == pytest.approx(n / (n + 1), abs=2e-3)
+
+
+def test_win_values_count_ties_half():
+    won = measure.win_values(np.array([[0.0, 1.0, 3.0]]), np.array([[2.0, 1.0, 0.0, 1.0]]))
+    assert won.tolist() == [[0.125, 0.5, 1.0]]
+
+
+def test_draws_do_not_depend_on_the_batch_and_carry_their_end():
+    """The same seed, other batches: the same texts; `rate` sees whether a text ended."""
+    gpt = tiny_gpt(0, vocab=257)
+    prompts = ["a", "bcd", "e"]
+    one, two = (measure.draw(gpt, "bytes", prompts, 2, 4, 5, rows=rows) for rows in (2, 6))
+    assert [len(t) for t in one.texts] == [2, 2, 2]
+    assert one.flat()[0] == ["a", "a", "bcd", "bcd", "e", "e"]
+    seen = []
+    one.rate(lambda ps, ys, ended: seen.extend(ended) or torch.zeros(len(ps)))
+    assert len(seen) == 6
+    again = measure.draw(gpt, "bytes", prompts, 2, 4, 5, rows=2)
+    assert again.texts == one.texts
+    assert two.prompts == prompts
+
+
+def test_at_kl_is_linear_in_the_root_and_never_extrapolates():
+    """From sft, reward 1 at KL 0, to 3 at KL 4: 2 at KL 1."""
+    assert measure.at_kl([(4.0, 3.0), (0.0, 1.0)], 1.0) == pytest.approx(2.0)
+    assert math.isnan(measure.at_kl([(4.0, 3.0), (0.0, 1.0)], 4.1))
+
+
+# --------------------------------------------------------------------------------------------------
+# The run
+
+
+def test_every_method_is_in_rows_frontier_and_table(finished):
+    """Trained ones at each beta and step, best-of-n and the optimum beside them."""
+    out, done = finished
+    read = json.loads((out / "results.json").read_text())
+    assert read["rows"] == done["rows"]
+    main = report.only(done["rows"], n_embd=8, n_pairs=None)
+    for method, beta, step in itertools.product(frontier.METHODS, (2.0, 0.5), (1, 2)):
+        (row,) = report.only(main, method=method, beta=beta, step=step)
+        for name in ("oracle", "rm", "kl", "win_oracle_sft", "win_rm_sft"):
+            assert math.isfinite(row[name])
+            assert row[f"{name}_stderr"] >= 0
+        assert row["kl"] >= 0
+    assert {row["method"] for row in done["best_of_n"]} == {"best-of-n", "best-of-n-oracle"}
+    assert {row["n_embd"] for row in done["optimum"]} == {4, 8}
+    few = report.only(done["rows"], n_pairs=8)
+    assert {row["method"] for row in few} == set(TINY.efficiency)
+    assert {"best", "middle", "worst", "first"} == {s["which"] for s in done["samples"]}
+    table = (out / "table.md").read_text()
+    for method in (*frontier.METHODS, "best-of-n", "optimum"):
+        assert f"{method}" in table
+    assert done["density"]
+    assert done["calibration"]
+
+
+def test_a_stopped_run_goes_on(finished, capsys):
+    """Finished pieces are not touched, a missing one is made again, and gives the same numbers."""
+    out, done = finished
+    files = sorted((out / "pieces").iterdir())
+    before = {path: path.stat().st_mtime_ns for path in files}
+    lost = next(p for p in files if "exo-rw-oracle" in p.name and "w8" in p.name)
+    content = json.loads(lost.read_text())
+    lost.unlink()
+    again = frontier.run(out, TINY, jobs=1)
+    assert json.loads(lost.read_text())["result"] == content["result"]
+    del before[lost]
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    assert again["rows"] == done["rows"]
+
+
+def test_other_settings_make_pieces_anew():
+    """A piece's key holds its own settings and those of all it is made from, and no others."""
+    a = frontier.keys(frontier.plan(TINY))
+    b = frontier.keys(frontier.plan(replace(TINY, steps=3, seeds=2)))
+    assert a == frontier.keys(frontier.plan(TINY))
+    assert set(a) < set(b)
+    assert not set(a.values()) & set(b.values())
+    more = frontier.keys(frontier.plan(replace(TINY, seeds=2)))
+    assert {name: more[name] for name in a} == a
+
+
+def test_pieces_come_after_what_they_need():
+    seen = set()
+    for name, piece in frontier.plan(frontier.FULL).items():
+        assert seen.issuperset(piece.needs)
+        seen.add(name)
+
+
+def test_two_jobs_give_what_one_gives(finished, tmp_path):
+    """Pieces read files only: the number of processes changes nothing."""
+    out, _ = finished
+    few = replace(TINY, widths=(), pairs=(), methods=("dpo-pref", "exo-online"))
+    frontier.run_pieces(tmp_path, frontier.plan(few), jobs=2)
+    for path in (tmp_path / "pieces").iterdir():
+        alone = json.loads((out / "pieces" / path.name).read_text())
+        assert json.loads(path.read_text())["result"] == alone["result"]
+
+
+def test_labels_are_bradley_terry_and_the_first_pairs_come_first():
+    """P(first wins) = sigmoid(r1 - r2); equal texts are no pair; prompt by prompt, then again."""
+    from experiments.frontier_stages import bradley_terry
+
+    rows = [{"prompt": str(i), "completions": ["a", "b", "c", "c"]} for i in range(4000)]
+    rewards = np.tile([0.0, 1.0, 0.0, 0.0], (4000, 1))
+    pairs = bradley_terry(rows, rewards, seed=0)
+    assert [pair["prompt"] for pair in pairs] == [row["prompt"] for row in rows]
+    share = sum(pair["chosen"] == "b" for pair in pairs) / len(pairs)
+    assert share == pytest.approx(1 / (1 + math.exp(-1)), abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--seeds", "0"],
+        ["--jobs", "none"],
+        ["--rewards", "joy"],
+        ["--corpus", "here.jsonl"],
+        ["--corpus", "no.jsonl", "--lexicon", "no.txt"],
+        ["--nonsense"],
+    ],
+)
+def test_wrong_flags_end_with_one_sentence_and_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        frontier.main(argv)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_real_text(tmp_path, monkeypatch):
+    """Sentences become rows that read back, and the lexicon's reward is squashed and signed."""
+    corpus, lexicon = tmp_path / "c.jsonl", tmp_path / "l.txt"
+    text = "A really good movie was shown here.<br />It was &quot;bad&quot; and long and also dull!"
+    corpus.write_text(json.dumps({"text": text}) + "\n")
+    lexicon.write_text("good\t2.0\t0.1\t[]\r\nbad\t-2.5\t0.2\t[]\r\n")
+    monkeypatch.setenv(frontier_corpus.CORPUS, str(corpus))
+    monkeypatch.setenv(frontier_corpus.LEXICON, str(lexicon))
+    frontier_corpus.encoding.cache_clear()
+    rows = frontier_corpus.corpus_rows(10, seed=0)
+    whole = {row["prompt"] + row["completion"] for row in rows}
+    assert whole == {
+        "a really good movie was shown here.",
+        'it was "bad" and long and also dull!',
+    }
+    spell = frontier_corpus.encoding()
+    assert all(spell.decode(spell.encode_ordinary(text)) == text for text in whole)
+    assert frontier_corpus.lexicon("x", " good, good") == pytest.approx(16 / math.sqrt(31))
+    assert frontier_corpus.lexicon("good", " Bad.") == pytest.approx(-10 / math.sqrt(21.25))
+    assert frontier_corpus.lexicon("good", " nothing") == 0
+    frontier_corpus.encoding.cache_clear()
