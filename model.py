@@ -534,6 +534,7 @@ class ChunkedLogps(torch.autograd.Function):
             picked = torch.where(inside, logits.gather(1, column), picked)
             before, top = top, torch.maximum(top, logits.amax(dim=1, keepdim=True))
             total = total * (before - top).exp() + logits.sub_(top).exp_().sum(1, keepdim=True)
+            del logits  # or a part in float32 would outlive the making of the next
         lse = top + total.log()
         ctx.save_for_backward(x, weight, targets, lse)
         return (picked - lse)[:, 0]
@@ -551,6 +552,7 @@ class ChunkedLogps(torch.autograd.Function):
             d = d.to(x.dtype)
             dx -= d @ weight[part]
             torch.mm(d.T, gx, out=dw[part])
+            del logits, d
         return (dx * grad).to(x.dtype), dw.neg_(), None
 
 

@@ -551,6 +551,8 @@ def check_run(s: Settings) -> None:
 def open_run(s: Settings) -> None:
     """Makes the run folder of --out, only when all input has been read."""
     out = Path(s.out)
+    for half_written in out.glob(".*.pt.*"):  # by a process that was killed while it saved
+        half_written.unlink()
     if s.resume:
         return
     if (out / "ckpt.pt").exists() and not s.overwrite:
@@ -975,7 +977,8 @@ class Reward(Task):
         return exo.reward_model_loss(self.module(batch), self.s.label_smoothing, better)
 
     def evaluate(self, step: int) -> dict:
-        self.center()
+        if step > 0:  # before, all rewards are 0
+            self.center()
         if self.eval_groups is None:
             return {}
         segment, mask = map(

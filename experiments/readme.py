@@ -87,7 +87,9 @@ def bench() -> str:
         unit = "tokens/s" if row["what"] == "sample" else "groups/s"
         what = f"{row['what']} {row['size']}"
         if row["what"] == "train":
-            what += f", prompt {row['prompt']}, K = {row['K']}, {row['dtype']}"
+            what += f", prompt {row['prompt']}, K = {row['K']}"
+        if row["what"] != "load":
+            what += f", {row['dtype']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
         others = {"naive": row["naive"], **row["peers"]}
         times = ", ".join(f"{row['ours'] / v:.1f}× {k}" for k, v in others.items() if v)
         limit = f"{row['limit_share']:.0%}" if row["limit_share"] else "–"
@@ -96,7 +98,44 @@ def bench() -> str:
     return markdown(["", "ours", "as fast as the others", "of the matmul limit", "GB"], out)
 
 
-TABLES = {"numbers": numbers, "paired": paired, "matched": matched, "bench": bench}
+def scaling() -> str:
+    """What grows with what: time with K and length, memory hardly with the vocabulary."""
+    found, out = read("bench/results.json")["scaling"], []
+    names = {"K": "completions K", "longest": "completion length", "vocab_size": "vocabulary"}
+    for axis, rows in found.items():
+        points = [f"{row[axis]:,}" for row in rows]
+        out.append([names[axis], *points])
+        if axis == "vocab_size":
+            out.append(["GB, ours", *(f"{row['peak_gb']:.2f}" for row in rows)])
+            out.append(["GB, naive", *(f"{row['naive_peak_gb']:.2f}" for row in rows)])
+        else:
+            times = (f"{1000 * row['seconds_per_group']:.0f}" for row in rows)
+            out.append(["ms per group", *times])
+    width = max(map(len, out))
+    return markdown(["", *[""] * (width - 1)], [row + [""] * (width - len(row)) for row in out])
+
+
+def frontier(reward: str, budget: float) -> str:
+    """The text world: every method read off its frontier at one KL."""
+    done, out = read("frontier/results.json"), []
+    columns = ("oracle", "win_oracle_sft", "win_rm_sft", "win_oracle_chosen")
+    for row in done["matched"]:
+        if (row["reward"], row["kl"]) != (reward, budget):
+            continue
+        cells = [f"{row[c]:.2f} ± {row[c + '_se']:.2f}" if c in row else "–" for c in columns]
+        lead = f"{row['lead']:+.2f} ± {row['lead_se']:.2f}" if "lead" in row else ""
+        out.append([row["method"], *cells, lead, str(row["seeds"])])
+    names = ("oracle reward", "beats sft", "beats sft, by model", "beats chosen", "lead over DPO")
+    return markdown([f"{reward}, KL {budget:g}", *names, "seeds"], out)
+
+
+TABLES = {
+    "numbers": numbers,
+    "paired": paired,
+    "matched": matched,
+    "bench": bench,
+    "scaling": scaling,
+}
 
 
 def fill(text: str) -> str:
