@@ -149,9 +149,7 @@ def test_total_is_the_peak_of_a_process(name):
 
 
 def test_shards_share_weights_gradients_and_optimizer():
-    one, four = (
-        memory.memory(memory.SIZES["gpt2-xl"], 256, 256, 2, 4, shards=n) for n in (1, 4)
-    )
+    one, four = (memory.memory(memory.SIZES["gpt2-xl"], 256, 256, 2, 4, shards=n) for n in (1, 4))
     for name in ("weights", "gradients", "optimizer"):
         assert four[name] == one[name] / 4
     assert four["activations"] == one["activations"]
