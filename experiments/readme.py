@@ -129,12 +129,28 @@ def frontier(reward: str, budget: float) -> str:
     return markdown([f"{reward}, KL {budget:g}", *names, "seeds"], out)
 
 
+def memory() -> str:
+    """What fits where: GB of a training step without and with gradient checkpointing."""
+    out, rows = [], read("memory/results.json")["rows"]
+    for plain, checkpointed in zip(rows[::2], rows[1::2], strict=True):
+        fixed = sum(plain[k] for k in ("weights", "gradients", "optimizer"))
+        name = f"{plain['size']}, {plain['parameters'] / 1e6:,.0f}M, K = {plain['K']}"
+        cells = [name, f"{plain['weights']:.1f}", f"{fixed:.1f}"]
+        for row in (plain, checkpointed):
+            rest = row["casts"] + row["buffers"]
+            card = f"{row['fits']} GB" if row["fits"] else "none"
+            cells += [f"{row['activations']:.1f} + {rest:.1f}", f"{row['total']:.1f}", card]
+        out.append(cells)
+    head = ["", "weights", "with gradients, AdamW", "activations + buffers", "total", "fits on"]
+    return markdown([*head, "with checkpointing", "total", "fits on"], out)
+
+
 TABLES = {
     "numbers": numbers,
     "paired": paired,
     "matched": matched,
     "bench": bench,
-    "scaling": scaling,
+    "memory": memory,
 }
 
 

@@ -413,6 +413,20 @@ def test_init_step_export_and_back(pairs, tmp_path, capsys):
         assert theirs.generation_config.eos_token_id == 256
 
 
+def test_transformers_weights_take_an_exo_step_and_go_back(pairs, tmp_path):
+    """Weights that transformers wrote -> one EXO step -> export -> transformers computes the logits
+    of the trained model, which are no longer those it wrote."""
+    transformers = pytest.importorskip("transformers")
+    before = transformers_gpt2(257)
+    before.save_pretrained(tmp_path / "init")
+    assert exo_step(pairs, tmp_path / "init", tmp_path / "run", "--encoding", "bytes") == 0
+    assert sample.main([str(tmp_path / "run"), "--export", str(tmp_path / "hf")]) == 0
+    trained = train.load_gpt(tmp_path / "run")[0]
+    after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert gap(trained, after.eval()) <= 1e-4
+    assert gap(trained, before.eval()) > 1e-3
+
+
 def test_export_keeps_encoding_and_temperature(pairs, tmp_path):
     byte_folder(tmp_path / "init")
     argv = ("--encoding", "bytes", "--temperature", "0.5")

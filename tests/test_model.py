@@ -303,15 +303,52 @@ def test_spare_tokens_touch_neither_log_probs_nor_gradients():
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_log_ratios_of_two_copies_start_at_exactly_zero(dtype):
-    """Dropout, or a reference scored on other shapes, would start training off 0."""
-    gpt = tiny(5, dtype)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [2**22, 3 * V])
+def test_log_ratios_of_two_copies_start_at_exactly_zero(dtype, chunk, monkeypatch):
+    """Dropout, or a reference scored on other shapes, would start training off 0. bfloat16 is
+    autocast's."""
+    monkeypatch.setitem(model.CHUNK, "cpu", chunk)
+    gpt = tiny(5, torch.float32 if dtype == torch.bfloat16 else dtype)
     ref = copy.deepcopy(gpt).eval().requires_grad_(False)
     batch = data.collate(pack(RAGGED), np.arange(3), 8)
-    ratio = Scorer(gpt.train())(batch) - Scorer(ref)(batch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ratio = Scorer(gpt.train())(batch) - Scorer(ref)(batch)
     assert batch.scored.any()
     assert not ratio.any()
+
+
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 5e-5), (True, 0.1)])
+def test_log_ratios_across_batch_shapes_start_near_zero(autocast, tolerance):
+    """The reference may be scored in other company than the policy. Log-probs of completions of up
+    to 40 tokens, -138 nats on average, move by the last bits: measured 6e-6 in float32 and 0.026
+    under bf16 autocast; stated here: 5e-5 and 0.1."""
+    generator = torch.Generator().manual_seed(0)
+    gpt = GPT(GPTConfig(128, 300, 2, 2, 64), generator)
+    for p in gpt.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=generator)
+    rng, builder = np.random.default_rng(0), data.Builder(128, 0, data.Report())
+    for _ in range(6):
+        prompt, *completions = (
+            rng.integers(1, 300, rng.integers(1, 50 - 10 * (k > 0))).tolist() for k in range(4)
+        )
+        builder.add(prompt, completions, [0.0, 1.0, 2.0])
+    groups = builder.groups()
+
+    @torch.no_grad()
+    def logps(parts: list, round_to: int) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            batches = [data.collate(groups, np.array(ids), round_to) for ids in parts]
+            return torch.cat([Scorer(gpt)(batch).double().sum(-1) for batch in batches])
+
+    whole = logps([range(6)], 1)
+    assert whole.mean() < -100
+    for parts, round_to in (
+        ([[i] for i in range(6)], 1),
+        ([range(6)], 64),
+        ([range(3), range(3, 6)], 8),
+    ):
+        assert (logps(parts, round_to) - whole).abs().max() < tolerance
 
 
 def test_scorer_reads_texts_of_exactly_block_size():

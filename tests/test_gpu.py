@@ -1,0 +1,150 @@
+"""What a GPU must do as a CPU does: the same log-probs, gradients, text and runs, in no more memory
+than computed. Marked `gpu`, and skipped without CUDA; what is quick runs on the CPU, too."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data import collate
+from experiments import memory
+from model import GPT, GPTConfig, Scorer
+from tests.test_memory import groups_of, make_step
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    ],
+)
+CONFIG = GPTConfig(block_size=128, vocab_size=300, n_layer=2, n_head=2, n_embd=64)
+
+
+@pytest.fixture(autouse=True)
+def whole_float32():
+    """No TF32, whatever ran before."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def sharp_gpt(device: str = "cpu") -> GPT:
+    """Random weights larger than a fresh model's, whose log-probs are all near -log 300."""
+    generator = torch.Generator().manual_seed(0)
+    gpt = GPT(CONFIG, generator)
+    for p in gpt.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=generator)
+    return gpt.to(device)
+
+
+def a_batch(device: str):
+    groups = groups_of(CONFIG, 40, 30, 3, 4)
+    return collate(groups, np.arange(4), train.rounding(torch.device(device))).to(device)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_bf16_log_probs_are_near_float32(device):
+    """Measured on a CPU, in nats a token: 0.017 at most, 0.004 on average. Allowed: three times
+    that."""
+    scorer, batch = Scorer(sharp_gpt(device)), a_batch(device)
+    with torch.no_grad():
+        exact = scorer(batch)
+        with torch.autocast(device, torch.bfloat16):
+            logps = scorer(batch)
+    gap = (logps - exact)[batch.scored].abs()
+    assert logps.dtype == torch.float32
+    assert 0 < gap.max() < 0.05
+    assert gap.mean() < 0.012
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_compiled_equals_eager(device):
+    """Log-probs within 1e-4 and gradients within 1e-3 of their size, in float32. On a CPU the step
+    is captured and differentiated as for a GPU, but no code is generated: that takes a minute."""
+    gpt, batch = sharp_gpt(device), a_batch(device)
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    found = []
+    for scorer in (Scorer(gpt), torch.compile(Scorer(gpt), backend=backend)):
+        logps = scorer(batch)
+        gradients = torch.autograd.grad(logps.square().mean(), list(gpt.parameters()))
+        found.append((logps, torch.cat([g.flatten() for g in gradients])))
+    (a, x), (b, y) = found
+    torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+    assert (y - x).norm() < 1e-3 * x.norm()
+
+
+def test_cuda_log_probs_are_the_cpus():
+    """float32: within 1e-3 nats a token, also where a GPU's batch is padded to multiples of 64."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    a, b = a_batch("cpu"), a_batch("cuda")
+    with torch.no_grad():
+        x, y = Scorer(sharp_gpt())(a), Scorer(sharp_gpt("cuda"))(b).cpu()
+    torch.testing.assert_close(y[b.scored.cpu()], x[a.scored], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_cuda_draws_the_cpus_text(temperature, device):
+    """The same uniforms give the same tokens; a near tie would show as one unlike row."""
+    prompts, new = [[1, 2, 3], [4], [5, 6, 7, 8, 9]], 40
+    uniform = torch.rand(2 * len(prompts), new, generator=torch.Generator().manual_seed(1))
+    texts = [
+        sharp_gpt(d).generate(prompts, new, 2, temperature, eot=0, uniform=uniform)
+        for d in ("cpu", device)
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_a_cuda_run_is_near_the_cpus(device, tmp_path):
+    """sft and exo through train.main in float32: held-out losses within 1e-3; and in bfloat16, the
+    choice on cuda, the run ends and learns."""
+    rng = random.Random(0)
+    rows = [
+        {"prompt": f"{rng.random():.2f}", "chosen": f" yes {i}", "rejected": f" no {i} {i}"}
+        for i in range(24)
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 64".split()
+    short = "--max_iters 6 --eval_interval 3 --learning_rate 1e-3".split()
+
+    def losses(name: str, stage: str, *more: str) -> list[float]:
+        argv = [stage, "--data", str(data), "--eval_data", str(data), *short, *more]
+        assert train.main([*argv, "--out", str(tmp_path / name)]) == 0
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [r["loss"] for r in lines if r["kind"] == "eval"]
+
+    exact = ("--dtype", "float32", "--device")
+    sft = [losses(f"sft-{d}", "sft", *shape, *exact, d) for d in ("cpu", device)]
+    assert sft[1] == pytest.approx(sft[0], abs=1e-3)
+    rest = ("--init", str(tmp_path / "sft-cpu"), "--kl_samples", "4", "--max_new_tokens", "8")
+    exo = [losses(f"exo-{d}", "exo", *rest, *exact, d) for d in ("cpu", device)]
+    assert exo[1] == pytest.approx(exo[0], abs=1e-3)
+    first, *_, last = losses("bf16", "exo", *rest, "--device", device)
+    assert last < first
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("K", "checkpointing"), [(2, False), (8, False), (8, True)])
+def test_memory_stays_within_what_is_computed(K, checkpointing, dtype, device):
+    """GPT-2 of 124M, two steps of two micro-batches: at most 15 % above."""
+    config, lengths, micro = memory.SIZES["gpt2"], (256, 256), 4
+    total = memory.memory(config, *lengths, K, micro, dtype, checkpointing)["total"]
+    if torch.cuda.mem_get_info()[0] < 1.3 * total * 2**30:
+        pytest.skip(f"needs {1.3 * total:.0f} GB free")
+    before = torch.cuda.memory_allocated()
+    s, task = make_step(config, lengths, K, micro, dtype, checkpointing, torch.device(device))
+    optimizer = train.adamw(task.gpt, s, 0.0)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        train.update(s, task, optimizer, np.arange(2 * micro), 0.0)
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    assert peak < 1.15 * total

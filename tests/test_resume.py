@@ -1,0 +1,128 @@
+"""kill -9 at any moment loses nothing: a run that is killed again and again, and resumed each time,
+ends where the run ends that nobody touched."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+ROOT = Path(__file__).parent.parent
+STEPS = 150
+
+
+def argv(folder: Path, out: Path, *more: str) -> list[str]:
+    data = str(folder / "pairs.jsonl")
+    flags = f"--max_iters {STEPS} --eval_interval 10 --log_interval 1 --kl_samples 2 --threads 1"
+    return [
+        *("exo", "--data", data, "--eval_data", data, "--init", str(folder / "sft")),
+        *("--out", str(out), "--cache", str(out.with_name(f"{out.name}-cache"))),
+        *("--learning_rate", "1e-3", "--max_new_tokens", "8", *flags.split(), *more),
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    rng = random.Random(0)
+
+    def words(n: int) -> str:
+        return " ".join(rng.choice("the a cat dog sat ran big red".split()) for _ in range(n))
+
+    rows = [{"prompt": words(3), "chosen": words(2), "rejected": words(3)} for _ in range(24)]
+    lines = [json.dumps(row) + "\n" for row in rows if row["chosen"] != row["rejected"]]
+    (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    shape = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 64 --max_iters 2".split()
+    data = str(tmp_path / "pairs.jsonl")
+    assert train.main(["sft", "--data", data, "--out", str(tmp_path / "sft"), *shape]) == 0
+    return tmp_path
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "train.py", *command],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def kill_when(process: subprocess.Popen, condition, delay: float) -> int:
+    """kill -9 `delay` seconds after the condition holds; the exit status (0: it had finished)."""
+    deadline = time.time() + 120
+    while not condition() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.kill()
+    said = process.communicate()[1].decode()
+    assert process.returncode in (0, -9), said
+    return process.returncode
+
+
+def moments(rng: random.Random, out: Path) -> list:
+    """Ten (name, condition, seconds later): while the program starts, while it trains or evaluates,
+    and while a file is half written."""
+
+    def lines() -> int:
+        path = out / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def at_line(n: int):
+        return lambda: lines() >= n
+
+    def writing(name: str, n: int):
+        return lambda: lines() >= n and any(out.glob(f".{name}.*"))
+
+    last = STEPS * 9 // 10
+    found = [("starting", lambda: True, rng.uniform(0, 4)) for _ in range(3)]
+    found += [("training", at_line(rng.randrange(1, last)), rng.uniform(0, 0.1)) for _ in range(4)]
+    files = ("ckpt.pt", "best.pt", "ckpt.pt")
+    found += [("writing", writing(name, rng.randrange(1, last)), 0.0) for name in files]
+    rng.shuffle(found)
+    return found
+
+
+def without_rates(out: Path) -> list[dict]:
+    rates = dict.fromkeys(("tokens_per_s", "groups_per_s", "mfu", "peak_gb"), 0)
+    return [json.loads(line) | rates for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal(a, b, where: str = "") -> None:
+    """Nested dicts, lists, tensors and numbers, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}.{i}")
+    else:
+        assert a == b, where
+
+
+def test_a_run_killed_ten_times_ends_where_an_untouched_one_ends(folder):
+    whole, killed = folder / "whole", folder / "killed"
+    reference = start(argv(folder, whole))
+    statuses = []
+    for _, condition, delay in moments(random.Random(1), killed):
+        go_on = "--resume" if (killed / "ckpt.pt").exists() else "--overwrite"
+        statuses.append(kill_when(start(argv(folder, killed, go_on)), condition, delay))
+    assert statuses.count(-9) >= 8  # a fast machine may finish a run that is killed by the clock
+    last = start(argv(folder, killed, "--resume"))
+    assert reference.wait() == last.wait() == 0
+    assert without_rates(killed) == without_rates(whole)
+    for name in ("ckpt.pt", "best.pt"):
+        a, b = (train.load_checkpoint(out / name) for out in (whole, killed))
+        assert_equal(a, b, name)
+    assert train.load_checkpoint(killed)["step"] == STEPS
