@@ -12,10 +12,9 @@ keeps, in each block:
     outputs of both LayerNorms, of attention; GELU's in and out (3 + 8) a C L
     q, k, v in cells; attention's output and logsumexp          (4 a C + 4 heads) cells
     each completion's copy of its prompt's k and v, with its own        2 a C rows (P + T)
-    the mask, which attention turns from bool into numbers              a rows T (P + T)
 
-and besides: ln_f's input and output, indices, each row's logsumexp, autocast's copies of weights
-(`casts`; a tied head's too). With gradient checkpointing a block keeps its input, 4 C L.
+and besides: the mask, a rows T (P + T); ln_f's input and output, indices, each row's logsumexp,
+autocast's copies of weights (`casts`; a tied head's too). With gradient checkpointing a block keeps its input, 4 C L.
 
 `buffers` is what the worst moment holds beyond that: parts of the logits and W's gradient, or the
 gradients inside a block and the head's share of W's gradient, which waits for the embedding's; with
@@ -86,10 +85,11 @@ def memory(
 
     # what autograd keeps
     block = (8 * C + 11 * a * C + 16) * L + (4 * a * C + 4 * config.n_head) * cells
-    block += (2 * a * C * rows * (P + T) + a * pairs) if P else 0
+    block += 2 * a * C * rows * (P + T) if P else 0
     matrices = 12 * C * C  # of a block
     head_input = a * C * (S if cast else L)  # a copy, or a part of ln_f's output
     rest = (4 * C + 8) * L + head_input + 4 * S + 8 * (3 * L + cells + 2 * S)
+    rest += a * pairs if P else 0
     plain = S * V <= chunk  # small heads keep their logits
     activations = rest + (4 * C * L if checkpointing else block) * n_layer + 4 * S * V * plain
     casts = cast * (V * C + (0 if checkpointing else matrices * n_layer))
@@ -105,7 +105,7 @@ def memory(
     inside = 4 * V * C + (4 + 5 * a) * C * L + 4 * C * C * (4 + cast)
     if checkpointing:
         head_forward += cast * matrices * n_layer  # autocast's cache, until it is left
-        inside += block + cast * matrices + pairs
+        inside += block + cast * matrices
     moments = [head_forward, head_backward, inside, 8 * V * C + 4 * C * L - activations - casts]
 
     count = parameters(config)
