@@ -138,7 +138,7 @@ def draw_density(plt, done: dict, matrix, reward: str, path: Path) -> None:
     """log π/sft against log π*/sft of completions of one prompt, each a dot; medians in bins."""
     rows = only(done["density"], reward=reward, n_embd=matrix.n_embd)
     betas = sorted({row["beta"] for row in rows})
-    beta = betas[len(betas) // 2 - 1] if len(betas) > 1 else betas[0]
+    beta = betas[len(betas) // 2]
     rows = {row["method"]: row for row in only(rows, beta=beta)}
     methods = [m for m in DENSITY if m in rows]
     width = 3.6 * len(methods)
