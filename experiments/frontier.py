@@ -59,9 +59,9 @@ class Matrix:
     betas: tuple = ()  # ((reward, (beta, ...)), ...)
     methods: tuple = ()
     seeds: int = 3
-    widths: tuple = (8, 16)  # of calibration, beside n_embd: exo-rw-oracle and dpo-rw-oracle alone
-    pairs: tuple = (128, 512, 2048)  # of sample efficiency, beside all of them
-    efficiency: tuple = ("exo-pref", "dpo-pref", "exo-rw", "dpo-rw")
+    widths: tuple = (16,)  # of calibration, beside n_embd: exo-rw-oracle and dpo-rw-oracle alone
+    pairs: tuple = (128, 1024)  # of sample efficiency, beside all of them
+    efficiency: tuple = ("exo-pref", "dpo-pref")
     efficiency_rewards: tuple = ("sentiment",)
     # how
     encoding: str = "experiments.reviews:encoding"
