@@ -284,11 +284,12 @@ def run_pieces(out: Path, pieces: dict[str, Piece], jobs: int) -> None:
 # The command
 
 
-def run(out: Path, matrix: Matrix, jobs: int) -> dict:
+def run(out: Path, matrix: Matrix, jobs: int, only_report: bool = False) -> dict:
     from experiments import frontier_report
 
     pieces = plan(matrix)
-    run_pieces(out, pieces, jobs)
+    if not only_report:
+        run_pieces(out, pieces, jobs)
     return frontier_report.report(out, matrix, pieces)
 
 
@@ -311,6 +312,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="number of seeds (3; --quick: 1)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--rewards", nargs="+", metavar="NAME", help="sentiment, conviction")
+    parser.add_argument("--report", action="store_true", help="of the pieces there are; no work")
     parser.add_argument("--corpus", type=Path, metavar="FILE", help='real text: rows with "text"')
     parser.add_argument("--lexicon", type=Path, metavar="FILE", help="word TAB valence lines")
     args = parser.parse_args(argv)
@@ -353,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     from data import InputError
 
     try:
-        run(*settings(args), args.jobs)
+        run(*settings(args), args.jobs, args.report)
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)
         return 130
