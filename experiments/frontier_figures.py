@@ -172,11 +172,13 @@ def draw_density(plt, done: dict, matrix, reward: str, path: Path) -> None:
     rows = {row["method"]: row for row in only(rows, beta=beta)}
     methods = [m for m in DENSITY if m in rows]
     width = 3.6 * len(methods)
-    figure, axes = plt.subplots(1, len(methods), figsize=(width, 4.2), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(methods), figsize=(width, 4.2), sharex=True, sharey=True, squeeze=False
+    )
     for axis, method in zip(axes[0], methods, strict=True):
         x, y = (np.array(rows[method][k]) for k in ("log_ratio_optimum", "log_ratio"))
         axis.plot(x, y, ".", color=color(method), alpha=0.3, ms=4)
-        ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+        ends = [x.min(), x.max()]
         axis.plot(ends, ends, color=INK, lw=1)
         edges = np.quantile(x, np.linspace(0, 1, 9))
         place = np.clip(np.searchsorted(edges, x, "right") - 1, 0, 7)
