@@ -4,7 +4,7 @@ Real text for the frontier: sentences of a corpus, a vocabulary of its words, a 
     python -m experiments.frontier --corpus reviews.jsonl.gz --lexicon vader_lexicon.txt
 
 A row is a sentence or two of one text: the prompt its first words, the completion the rest. The
-vocabulary is the corpus's 2,000 commonest words, all else is spelled in bytes. The reward counts
+vocabulary is the corpus's 1,000 commonest words, all else is spelled in bytes. The reward counts
 words: with s the sum of their valences in the lexicon, 4 s / sqrt(s^2 + 15), which is the VADER
 score without its rules of grammar, times 4: within ±4, and no word pays much after the fifth.
 
@@ -28,7 +28,7 @@ from data import InputError, read_rows
 from experiments.reviews import PATTERN
 
 CORPUS, LEXICON = "FRONTIER_CORPUS", "FRONTIER_LEXICON"
-WORDS = 2000  # in the vocabulary, beside the 256 bytes
+WORDS = 1000  # in the vocabulary, beside the 256 bytes
 PROMPT, LONGEST = 4, 24  # words
 BETAS = (("lexicon", (2.0, 1.0, 0.5, 0.25)),)
 
@@ -37,7 +37,8 @@ def matrix(size):
     """The same matrix for real text: one reward, longer texts, no sweep of widths or labels."""
     own = {"encoding": "experiments.frontier_corpus:encoding", "block_size": 96, "new": 48}
     betas = tuple((name, betas[: len(size.betas[0][1])]) for name, betas in BETAS)
-    own |= {"betas": betas, "widths": (), "pairs": (), "n_embd": 64, "pool": size.pool // 4}
+    own |= {"betas": betas, "widths": (), "pairs": (), "pool": size.pool // 4}
+    own |= {"sft_iters": 3000, "steps": size.steps // 2}
     return replace(size, **own)
 
 

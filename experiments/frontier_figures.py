@@ -5,7 +5,6 @@ Red is EXO, blue DPO, green PPO, ochre best-of-n, black the optimum; a marker sa
 learned from. Bars are standard errors over seeds.
 """
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from experiments.toy_figures import GREY, INK, finish, pyplot
 COLORS = {"exo": "#d1495b", "dpo": "#2e6f9e", "ppo": "#3f8f5b", "best": "#c28a1c", "optimum": INK}
 SOURCES = {"pref": "^", "0.12": "v", "rw": "o", "oracle": "s", "online": "D", "n": "x", "ppo": "P"}
 DENSITY = ("exo-rw-oracle", "dpo-rw-oracle", "exo-pref", "dpo-pref")
+FARTHEST = 8.0  # KL that figures show
 PANELS = {  # of the frontier, by what methods learn from
     "labelled pairs": ("exo-pref", "exo-pref-0.12", "dpo-pref"),
     "the reward model": ("exo-rw", "dpo-rw", "best-of-n"),
@@ -71,10 +71,9 @@ def method_curve(done: dict, method: str, **where) -> np.ndarray:
 
 
 def plot(axis, points: np.ndarray, label: str, **style) -> None:
-    if not len(points):
-        return
-    x, y, dx, dy = points.T
-    axis.errorbar(x, y, yerr=dy, xerr=dx, label=label, capsize=2, elinewidth=1, **style)
+    if len(points):
+        x, y, dx, dy = points.T
+        axis.errorbar(x, y, yerr=dy, xerr=dx, label=label, capsize=2, elinewidth=1, **style)
 
 
 def plot_optimum(axis, done: dict, **where) -> None:
@@ -83,70 +82,103 @@ def plot_optimum(axis, done: dict, **where) -> None:
         axis.plot(points[:, 0], points[:, 1], color=INK, lw=2.2, label="the optimum π*", zorder=1)
 
 
-def draw_frontier(plt, done: dict, matrix, reward: str, path: Path) -> None:
-    """One panel per source of learning, one scale for all; what is beyond it is said."""
-    where = {"reward": reward, "n_embd": matrix.n_embd}
-    shown = {
-        title: [m for m in methods if m in matrix.methods or m.startswith("best")]
-        for title, methods in PANELS.items()
-    }
+def kl_axis(axes, farthest: float) -> None:
+    """KL on a square-root scale, in which an optimal frontier begins as a straight line, up to
+    FARTHEST; y to fit what is seen, and the legend says of a curve that goes on how far."""
+    right = min(farthest, FARTHEST)
+    low, high = np.inf, -np.inf
+    for axis in axes:
+        axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        axis.set_xlim(0, right * 1.05)
+        ticks = [t for t in (0, 0.1, 0.25, 0.5, 1, 2, 3, 4, 6, 8) if t <= right * 1.05]
+        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axis.set_xlabel("KL(π‖sft), nats")
+        for line in axis.lines:
+            x, y = (np.asarray(v, dtype=float) for v in line.get_data())
+            y = y[(x <= right * 1.05) & np.isfinite(y)]
+            if len(y) > 1:  # not a bar's cap
+                low, high = min(low, y.min()), max(high, y.max())
+    for axis in axes if low < high else ():
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
+
+def far(points: np.ndarray) -> str:
+    """A note for the legend where a curve leaves the figure."""
+    far = points[:, 0].max() if len(points) else 0.0
+    return f" (on to KL {far:.0f})" if far > FARTHEST * 1.05 else ""
+
+
+def panels(plt, done: dict, reward: str, title: str = "learns from "):
+    """Four panels, one per source of learning: (figure, [(axis, its methods)])."""
     figure, axes = plt.subplots(2, 2, figsize=(11.5, 8.6), sharex=True, sharey=True)
-    for axis, (title, methods) in zip(axes.flat, shown.items(), strict=True):
-        plot_optimum(axis, done, **where)
-        for method in methods:
-            plot(axis, method_curve(done, method, **where), method, **style(method))
-        axis.set_title("learns from " + title, fontsize=11.5)
-        axis.legend(fontsize=9.5, loc="lower right")
-    right = max(
-        [*method_curve(done, "optimum", **where)[:, 0], 3.5]
-        + [p[0] for ms in shown.values() for m in ms for p in method_curve(done, m, **where)]
-    )
-    axes[0, 0].set_xlim(0, right * 1.03)
-    for axis in axes[1]:
-        axis.set_xlabel("KL(π‖sft), nats; of best-of-n: log n − (n−1)/n")
+    for axis, name in zip(axes.flat, PANELS, strict=True):
+        axis.set_title(title + name, fontsize=11.5)
     for axis in axes[:, 0]:
         axis.set_ylabel(f"oracle reward: {reward}")
+    return figure, list(zip(axes.flat, PANELS.values(), strict=True))
+
+
+def draw_frontier(plt, done: dict, matrix, reward: str, path: Path) -> None:
+    """Mean frontier of each method over beta, with standard errors, and the optimum's."""
+    where = {"reward": reward, "n_embd": matrix.n_embd}
+    figure, parts = panels(plt, done, reward)
+    farthest = 0.5
+    for axis, methods in parts:
+        plot_optimum(axis, done, **where)
+        for method in methods:
+            points = method_curve(done, method, **where)
+            plot(axis, points, method + far(points), **style(method))
+            farthest = max([farthest, *points[:, 0]])
+    kl_axis([axis for axis, _ in parts], farthest)
+    for axis, _ in parts:
+        axis.legend(fontsize=9.5)
+    parts[3][0].set_xlabel("KL(π‖sft), nats; of best-of-n: log n − (n−1)/n")
     finish(plt, figure, path)
 
 
 def draw_steps(plt, done: dict, matrix, reward: str, path: Path) -> None:
     """Mean paths over training, a line per method and beta, from sft to the last step."""
     where = {"reward": reward, "n_embd": matrix.n_embd}
-    figure, axes = plt.subplots(2, 2, figsize=(11.5, 8.6), sharex=True, sharey=True)
-    for axis, (title, methods) in zip(axes.flat, PANELS.items(), strict=True):
+    figure, parts = panels(plt, done, reward)
+    farthest = 0.5
+    for axis, methods in parts:
         plot_optimum(axis, done, **where)
         for method in methods:
             rows = only(done["rows"], method=method, n_pairs=None, **where)
             for i, beta in enumerate(sorted({row["beta"] for row in rows})):
-                steps = sorted([[r["step"], r["kl"], r["oracle"]] for r in only(rows, beta=beta)])
-                by_step = itertools.groupby(steps, lambda s: s[0])
-                path_ = np.array([np.mean(list(at), axis=0)[1:] for _, at in by_step])
-                points = np.concatenate([sft_point(done, **where)[:, :2], path_])
+                points = mean_path(done, only(rows, beta=beta), **where)
                 look = style(method) | {"ms": 3.5, "lw": 1.2}
                 axis.plot(*points.T, label=method if i == 0 else None, **look)
-        axis.set_title("learns from " + title, fontsize=11.5)
-        axis.legend(fontsize=9.5, loc="lower right")
-    axes[0, 0].set_xlim(left=0)
-    for axis in axes[1]:
-        axis.set_xlabel("KL(π‖sft), nats")
-    for axis in axes[:, 0]:
-        axis.set_ylabel(f"oracle reward: {reward}")
+                farthest = max([farthest, *points[:, 0]])
+        axis.legend(fontsize=9.5)
+    kl_axis([axis for axis, _ in parts], farthest)
     finish(plt, figure, path)
+
+
+def mean_path(done: dict, rows: list[dict], **where) -> np.ndarray:
+    """(steps, 2): mean KL and oracle reward over seeds at each step, beginning at sft."""
+    points = []
+    for step in sorted({row["step"] for row in rows}):
+        at = only(rows, step=step)
+        points.append([np.mean([row[k] for row in at]) for k in ("kl", "oracle")])
+    return np.concatenate([sft_point(done, **where)[:, :2], np.array(points)])
 
 
 def draw_density(plt, done: dict, matrix, reward: str, path: Path) -> None:
     """log π/sft against log π*/sft of completions of one prompt, each a dot; medians in bins."""
     rows = only(done["density"], reward=reward, n_embd=matrix.n_embd)
     betas = sorted({row["beta"] for row in rows})
-    beta = betas[len(betas) // 2 - 1] if len(betas) > 1 else betas[0]
+    beta = betas[len(betas) // 2]
     rows = {row["method"]: row for row in only(rows, beta=beta)}
     methods = [m for m in DENSITY if m in rows]
     width = 3.6 * len(methods)
-    figure, axes = plt.subplots(1, len(methods), figsize=(width, 4.2), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(methods), figsize=(width, 4.2), sharex=True, sharey=True, squeeze=False
+    )
     for axis, method in zip(axes[0], methods, strict=True):
         x, y = (np.array(rows[method][k]) for k in ("log_ratio_optimum", "log_ratio"))
         axis.plot(x, y, ".", color=color(method), alpha=0.3, ms=4)
-        ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+        ends = [x.min(), x.max()]
         axis.plot(ends, ends, color=INK, lw=1)
         edges = np.quantile(x, np.linspace(0, 1, 9))
         place = np.clip(np.searchsorted(edges, x, "right") - 1, 0, 7)
@@ -177,10 +209,10 @@ def draw_efficiency(plt, done: dict, matrix, path: Path) -> None:
                 n, y, dy = zip(*means, strict=True)
                 axis.errorbar(n, y, yerr=dy, label=method, capsize=2, **style(method))
         best = only(done["matched"], reward=reward, kl=kl, method="optimum")
-        start = sft_point(done, reward=reward, n_embd=matrix.n_embd)[0, 1]
         if best:
             axis.axhline(best[0]["oracle"], color=INK, lw=2, label="the optimum π*")
-        axis.axhline(start, color=GREY, lw=1, ls=":", label="sft")
+        for start in sft_point(done, reward=reward, n_embd=matrix.n_embd)[:, 1]:
+            axis.axhline(start, color=GREY, lw=1, ls=":", label="sft")
         axis.set_xscale("log", base=2)
         axis.set_xlabel("labelled pairs")
         axis.set_ylabel(f"oracle reward: {reward}, at KL {kl:g}")
@@ -189,24 +221,44 @@ def draw_efficiency(plt, done: dict, matrix, path: Path) -> None:
 
 
 def draw_calibration(plt, done: dict, matrix, path: Path) -> None:
-    """Per reward a row: a panel per width with the optimum's frontier of that width's own sft."""
+    """Per reward a row: a panel per width with the optimum's frontier of that width's own sft, and
+    one with EXO's lead over DPO at equal KL, over the width."""
     rewards = [reward for reward, _ in matrix.betas]
     widths = sorted({*matrix.widths, matrix.n_embd})
-    shape = {"nrows": len(rewards), "ncols": len(widths), "squeeze": False}
-    size = (4.2 * len(widths), 3.7 * len(rewards))
-    figure, axes = plt.subplots(**shape, figsize=size, sharex="row")
+    shape = {"nrows": len(rewards), "ncols": len(widths) + 1, "squeeze": False}
+    figure, axes = plt.subplots(**shape, figsize=(4 * len(widths) + 4, 3.7 * len(rewards)))
     for line, reward in zip(axes, rewards, strict=True):
-        for axis, width in zip(line, widths, strict=True):
-            where = {"reward": reward, "n_embd": width}
+        for axis, width in zip(line, widths, strict=False):
+            where, farthest = {"reward": reward, "n_embd": width}, 0.25
             plot_optimum(axis, done, **where)
             for method in ("exo-rw-oracle", "dpo-rw-oracle"):
-                plot(axis, method_curve(done, method, **where), method, **style(method))
+                points = method_curve(done, method, **where)
+                plot(axis, points, method + far(points), **style(method))
+                farthest = max([farthest, *points[:, 0]])
+            kl_axis([axis], farthest)
             axis.set_title(f"n_embd {width}", fontsize=11.5)
-            axis.set_xlim(left=0)
-            axis.set_xlabel("KL(π‖sft), nats")
+            axis.legend(fontsize=9)
         line[0].set_ylabel(f"oracle reward: {reward}")
-        line[0].legend(fontsize=9.5)
+        draw_leads(line[-1], only(done["calibration_leads"], reward=reward), widths)
     finish(plt, figure, path)
+
+
+def draw_leads(axis, rows: list[dict], widths: list[int]) -> None:
+    """EXO's lead over DPO at equal KL, seed by seed."""
+    for kl, marker in zip(sorted({row["kl"] for row in rows}), "osD^v", strict=False):
+        points = []
+        for width in widths:
+            leads = [row["lead"] for row in only(rows, kl=kl, n_embd=width)]
+            points += [(width, *mean_se(leads))] if leads else []
+        x, y, dy = zip(*points, strict=True)
+        axis.errorbar(x, y, yerr=dy, fmt=marker + "-", capsize=2, ms=5, label=f"KL {kl:g}")
+    axis.axhline(0, color=GREY, lw=1)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(widths, [str(width) for width in widths])
+    axis.set_xlabel("n_embd of sft and policy")
+    axis.set_ylabel("EXO − DPO, in oracle reward")
+    if rows:
+        axis.legend(fontsize=9)
 
 
 def draw_all(done: dict, matrix, out: Path) -> None:
@@ -216,7 +268,7 @@ def draw_all(done: dict, matrix, out: Path) -> None:
     for reward, _ in matrix.betas:
         draw_frontier(plt, done, matrix, reward, out / f"frontier-{reward}.png")
         draw_steps(plt, done, matrix, reward, out / f"steps-{reward}.png")
-        if only(done["density"], reward=reward):
+        if only(done["density"], reward=reward, n_embd=matrix.n_embd):
             draw_density(plt, done, matrix, reward, out / f"density-{reward}.png")
     if done["efficiency"]:
         draw_efficiency(plt, done, matrix, out / "efficiency.png")

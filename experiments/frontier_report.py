@@ -39,11 +39,13 @@ QUANTITIES = {  # columns of the table
 
 
 def collect(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
-    """All finished pieces as flat lists of rows."""
+    """The finished pieces as flat lists of rows."""
     found = {"sft": [], "labels": [], "reward_models": [], "rows": []}
     found |= {"optimum": [], "best_of_n": [], "density": [], "samples": []}
     for name, piece in pieces.items():
         result, spec = load_piece(out, name), piece.spec
+        if result is None:  # --report of a run that is not finished
+            continue
         who = {k: spec[k] for k in ("reward", "seed", "n_embd") if k in spec}
         if piece.make == "sft":
             found["sft"].append({**who, **result})
@@ -158,6 +160,22 @@ def calibration_rows(done: dict, matrix: Matrix) -> list[dict]:
     return out
 
 
+def calibration_leads(done: dict, matrix: Matrix) -> list[dict]:
+    """EXO's lead over DPO, both with the oracle, at equal KL, for each width and seed."""
+    out = []
+    widths = (*matrix.widths, matrix.n_embd)
+    for (reward, _), width, kl in itertools.product(matrix.betas, widths, (0.05, *BUDGETS)):
+        where = {"reward": reward, "n_embd": width}
+        ours, theirs = (
+            matched(done, method, "oracle", kl, range(matrix.seeds), **where)
+            for method in CALIBRATION
+        )
+        for seed in sorted(ours.keys() & theirs.keys()):
+            lead = ours[seed] - theirs[seed]
+            out.append({**where, "kl": kl, "seed": seed, "lead": lead})
+    return out
+
+
 # --------------------------------------------------------------------------------------------------
 # Telling
 
@@ -209,6 +227,7 @@ def report(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
     done["matched"] = matched_rows(done, matrix)
     done["efficiency"] = efficiency_rows(done, matrix)
     done["calibration"] = calibration_rows(done, matrix)
+    done["calibration_leads"] = calibration_leads(done, matrix)
     settings = {"matrix": asdict(matrix), "learning_rate": LEARNING_RATE, "least_ess": LEAST_ESS}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     done = {"settings": settings, "versions": versions, **done}

@@ -358,8 +358,8 @@ def make_policy(out: Path, name: str, spec: dict) -> dict:
     prompts = [r["prompt"] for r in read_rows(out / "runs" / spec["sft"] / "judge.jsonl")]
 
     def look(gpt, step: int) -> dict:
-        """Between the first step and the last, a quarter of the final judgement."""
-        few = max(1, spec["judged"][1] // 4)
+        """Between the first step and the last, half of the final judgement."""
+        few = max(1, spec["judged"][1] // 2)
         row = judge(gpt, sft, ckpt["encoding"], judges, prompts, few, spec)
         return {k: v for k, v in row.items() if k != "draws"}
 
