@@ -28,8 +28,14 @@ Choices and simplifications:
   label_smoothing as much as by beta_pi, so it is swept at the paper's 1e-3 and, as exo-pref-0.12,
   at sigmoid(-2), where it matches Bradley-Terry for close pairs. Nobody is compared at equal beta,
   but at equal KL.
-- All read the same number of completions per step, for the same number of steps. Learning rates
-  were tried per family of methods on seed 0 (LEARNING_RATE), and are the same for all betas.
+- All read the same number of completions per step, for the same number of steps, with a learning
+  rate per family of methods (LEARNING_RATE), the same for all betas. The rates come from pilots on
+  seed 0 and its held-out prompts, so seed 0 is not clean, and with unequal care: most pilots were
+  of the offline methods with the oracle, three of PPO (the best at its highest rate), none of
+  dpo-online. On-policy rates are larger, so a part of "further" may be step size.
+- sft must learn that "and" keeps and "but" turns a clause's polarity, and stays on a plateau before
+  it does, for a number of steps that differs from seed to seed: look at its share of producible
+  text (in results.json) before reading anything into a frontier. Width 16 never leaves it.
 - Each seed has its own data, sft, labels and reward models. Standard errors are over seeds.
 - All policies are judged on the same held-out prompts, with the same uniform numbers.
 """
