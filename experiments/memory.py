@@ -14,7 +14,8 @@ keeps, in each block:
     each completion's copy of its prompt's k and v, with its own        2 a C rows (P + T)
 
 and besides: the mask, a rows T (P + T); ln_f's input and output, indices, each row's logsumexp,
-autocast's copies of weights (`casts`; a tied head's too). With gradient checkpointing a block keeps its input, 4 C L.
+autocast's copies of weights (`casts`; a tied head's too). With gradient checkpointing a block keeps
+its input, 4 C L.
 
 `buffers` is what the worst moment holds beyond that: parts of the logits and W's gradient, or the
 gradients inside a block and the head's share of W's gradient, which waits for the embedding's; with
