@@ -150,6 +150,7 @@ TABLES = {
     "paired": paired,
     "matched": matched,
     "bench": bench,
+    "scaling": scaling,
     "memory": memory,
 }
 
