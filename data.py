@@ -76,6 +76,16 @@ def byte_encoding() -> tiktoken.Encoding:
     )
 
 
+def decode(encoding: tiktoken.Encoding, ids: list[int]) -> str:
+    """Text of token ids; those between the words and the special tokens, which some encodings leave
+    empty, are skipped."""
+    try:
+        return encoding.decode(ids)
+    except KeyError:
+        known = {*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()}
+        return encoding.decode([i for i in ids if i in known])
+
+
 def load_function(name: str, flag: str):
     """The function behind `module:function`, imported from the current folder or the Python
     path."""
@@ -180,9 +190,9 @@ def parse_row(row: object) -> Row:
         return parse_rewards(row)
     if "completion" in row:
         prompt, completion = prompt_text(row), completion_text(row, "completion")
-        return Row("sft", prompt, checked([completion], distinct=1))
+        return Row("sft", prompt, [completion])
     if "text" in row:
-        return Row("sft", None, checked([string(row, "text")], distinct=1))
+        return Row("sft", None, [string(row, "text")])
     if "prompt" in row:
         return Row("prompt", prompt_text(row), [])
     raise InputError(f"fields {sorted(row)} fit none of the formats {FORMATS}")
@@ -206,7 +216,7 @@ def parse_pair(row: dict) -> Row:
         if cuts[0][0] != cuts[1][0]:
             raise Unusable("dialogues differ before the last Assistant turn")
         prompt, replies = cuts[0][0], [reply for _, reply in cuts]
-    return Row("pair", prompt, checked(replies, distinct=2))
+    return Row("pair", prompt, replies)
 
 
 def parse_rewards(row: dict) -> Row:
@@ -225,17 +235,28 @@ def parse_rewards(row: dict) -> Row:
     for r in rewards:
         if isinstance(r, bool) or not isinstance(r, int | float) or not abs(r) < 1e30:
             raise InputError(f"a reward must be a finite number, got {describe(r)}")
-    return Row(
-        "rewards", prompt_text(row), checked(completions, distinct=2), list(map(float, rewards))
-    )
+    return Row("rewards", prompt_text(row), completions, list(map(float, rewards)))
 
 
-def checked(completions: list[str], distinct: int) -> list[str]:
-    if len(set(completions)) < distinct:
+def check_usable(row: Row, use: str) -> None:
+    """Raises Unusable where `use` finds nothing to learn from, or to score. A completion may be
+    empty where it is one of several draws: the end of text is scored."""
+    if use == "prompt":
+        return
+    choice = row.kind == "pair" or (row.kind == "rewards" and use == "preference")
+    if choice and len(set(row.completions)) < 2:
         raise Unusable("fewer than two distinct completions")
-    if any(not text or text.isspace() for text in completions):
-        raise Unusable("an empty completion")
-    return completions
+    if not row.completions:
+        raise Unusable("no completions")
+    if row.kind in ("pair", "sft") or use == "sft":
+        texts = row.completions if row.kind == "pair" else [row.completions[best_of(row)]]
+        if any(not text or text.isspace() for text in texts):
+            raise Unusable("an empty completion")
+
+
+def best_of(row: Row) -> int:
+    """The completion that sft imitates."""
+    return row.rewards.index(max(row.rewards)) if row.rewards else 0
 
 
 def string(row: dict, name: str) -> str:
@@ -256,7 +277,9 @@ def render_turns(messages: list, name: str) -> str:
     dialogues."""
     parts = []
     for m in messages:
-        fits = isinstance(m, dict) and m.get("role") in TURNS and isinstance(m.get("content"), str)
+        names = ("role", "content")
+        fits = isinstance(m, dict) and all(isinstance(m.get(name), str) for name in names)
+        fits = fits and m["role"] in TURNS
         if not fits:
             raise InputError(
                 f"field {name!r}: a message needs a role ({', '.join(TURNS)}) and a content, "
@@ -401,6 +424,11 @@ def read_files(paths: list, use: str, report: Report) -> Iterator[tuple[str, Row
                 raise InputError(f"{place}: {error}") from None
             if row.kind not in kinds or (use == "prompt" and row.prompt is None):
                 raise InputError(f"{place}: expected {wanted}, got fields {sorted(value)}")
+            try:
+                check_usable(row, use)
+            except Unusable as error:
+                report.unusable[str(error)] += 1
+                continue
             yield place, row
         if report.rows == before:
             raise InputError(f"{path}: the file is empty")
@@ -601,7 +629,7 @@ def build_groups(
         elif use == "preference":
             builder.add(ids(row.prompt), [ids(text) for text in row.completions], row.rewards)
         else:
-            best = ids(row.completions[row.rewards.index(max(row.rewards)) if row.rewards else 0])
+            best = ids(row.completions[best_of(row)])
             if row.prompt is None:
                 builder.add_text(np.append(best, np.int32(encoding.eot_token)))
             else:

@@ -64,7 +64,14 @@ def rules(args: argparse.Namespace):
     yield not (args.score and args.best_of), "--score draws nothing: leave out --best_of"
     yield not (args.score and args.temperature == 0), "--score needs a temperature above 0"
     yield not args.best_of or args.reward, "--best_of needs --reward to know the best"
-    for name in ("n", "max_new_tokens", "batch_size", "best_of"):
+    for name in ("prompts", "score"):
+        given = getattr(args, name)
+        same = given and args.out and Path(given).resolve() == Path(args.out).resolve()
+        yield not same, f"--out is the file that --{name} reads: give another"
+    t = args.temperature
+    yield t is None or 0 <= t < float("inf"), f"temperature must be 0 or more, got {t}"
+    yield args.seed >= 0, f"seed must not be negative, got {args.seed}"
+    for name in ("n", "max_new_tokens", "batch_size", "best_of", "top_k"):
         value = getattr(args, name)
         yield value is None or value >= 1, f"{name} must be at least 1"
 
@@ -76,6 +83,7 @@ if __name__ == "__main__":
 import contextlib
 import os
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -86,10 +94,10 @@ from data import (
     InputError,
     Report,
     Row,
+    decode,
     get_encoding,
     hugging_face_tokenizer,
     read_files,
-    read_rows,
 )
 from model import Scorer
 from train import (
@@ -110,7 +118,8 @@ from train import (
 
 
 class Sampler:
-    """A checkpoint and a reward, and what they make of prompts: rows as dicts."""
+    """A checkpoint and a reward, and what they make of prompts: rows as dicts. (Some encodings have
+    ids without a word, which a model may draw: they are left out of the text.)"""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device, args.micro_batch_size = args, device, None  # as train.score asks
@@ -164,7 +173,7 @@ class Sampler:
         eot = self.encoding.eot_token
         ended = [[y[-1] == eot for y in ys] for ys in drawn]
         texts = [
-            [self.encoding.decode(y[: len(y) - e]) for y, e in zip(ys, es, strict=True)]
+            [decode(self.encoding, y[: len(y) - e]) for y, e in zip(ys, es, strict=True)]
             for ys, es in zip(drawn, ended, strict=True)
         ]
         rows = [{"prompt": x, "completions": ys} for (_, x), ys in zip(prompts, texts, strict=True)]
@@ -235,77 +244,89 @@ def key(prompt: str | None, completions: list) -> str:
     return json.dumps([prompt or "", *completions])
 
 
+def texts_of(row: dict) -> list:
+    return row["completions"] if "completions" in row else [row.get("chosen"), row.get("rejected")]
+
+
 def already(args: argparse.Namespace) -> Counter:
-    """How often --out has each prompt (row, for --score); a line that was cut off is removed."""
+    """How often --out has each prompt (row, for --score). A line that was cut off is removed, once
+    all others have turned out to be rows of this command."""
     path, found = Path(args.out), Counter()
-    if args.overwrite or not path.exists():
-        make_folder(path.parent)
-        with replacing(path) as temporary:
-            temporary.touch()
-        return found
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        with replacing(path) as temporary:
-            temporary.write_bytes(whole)
-    for place, row in read_rows(path) if path.suffix == ".jsonl" else ():
-        if not isinstance(row, dict) or "prompt" not in row:
-            raise InputError(f"{place}: --out holds something else: --overwrite replaces it")
-        texts = row.get("completions") or [row.get("chosen"), row.get("rejected")]
-        if not args.score and len(texts) != args.n:
-            raise InputError(f"{place} has {len(texts)} completions, -n is {args.n}: --overwrite?")
+    content = b""
+    if path.exists() and not args.overwrite:
+        content = path.read_bytes()
+        tail = content[content.rfind(b"\n") + 1 :]
+        if tail:  # no line, unless only its end is missing
+            content = content + b"\n" if is_json(tail) else content[: len(content) - len(tail)]
+    for number, line in enumerate(content.splitlines(), 1):
+        row = json.loads(line) if is_json(line) else None
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise InputError(f"{path}:{number}: --out holds other rows: --overwrite replaces them")
+        texts = texts_of(row)
+        if not isinstance(texts, list) or (not args.score and len(texts) != args.n):
+            raise InputError(f"{path}:{number} has not {args.n} completions: --overwrite?")
         found[key(row["prompt"], texts if args.score else [])] += 1
+    make_folder(path.parent)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
     if found:
         say(f"{path}: {found.total()} rows are there already", sys.stderr)
     return found
 
 
-def rows_of(args: argparse.Namespace, device: torch.device, done: Counter):
-    """Yields the finished rows, batch by batch, without those that are done."""
-    sampler = Sampler(args, device)
+def is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def read_work(args: argparse.Namespace, sampler: Sampler) -> tuple[list, list, Callable]:
+    """(what to do, its keys, what does a batch of it)."""
     if args.score:
-        todo = read_scored(args)
-        keys = [key(row.prompt, row.completions) for row in todo]
-        work = sampler.score
-    else:
-        todo = list(enumerate(read_prompts(args)))
-        keys = [key(prompt, []) for _, prompt in todo]
-        lengths = [len(sampler.encoding.encode_ordinary(prompt)) for _, prompt in todo]
-        cut = sum(n > sampler.room() for n in lengths)
-        if cut:
-            say(f"{cut} prompts cut from the left to {sampler.room()} tokens", sys.stderr)
-        work = sampler.sample
-    left, done = [], Counter(done)
+        rows = read_scored(args)
+        return rows, [key(row.prompt, row.completions) for row in rows], sampler.score
+    prompts = read_prompts(args)
+    lengths = [len(sampler.encoding.encode_ordinary(prompt)) for prompt in prompts]
+    cut = sum(n > sampler.room() for n in lengths)
+    if cut:
+        say(f"{cut} prompts cut from the left to {sampler.room()} tokens", sys.stderr)
+    return list(enumerate(prompts)), [key(prompt, []) for prompt in prompts], sampler.sample
+
+
+def finished(args: argparse.Namespace, todo: list, work: Callable):
+    """Yields rows, batch by batch."""
+    size = args.batch_size * world()
+    starts = range(0, len(todo), size)
+    for start in tqdm(starts, "rows", disable=len(starts) < 2 or rank() > 0):
+        yield from work(todo[start : start + size])
+
+
+def write(args: argparse.Namespace, device: torch.device) -> None:
+    """Every row to --out as soon as it is there. All input is read before --out is touched."""
+    if not args.out.endswith(".jsonl"):
+        raise InputError(f"--out {args.out}: must end in .jsonl")
+    todo, keys, work = read_work(args, Sampler(args, device))
+    done, left = only_first(already, args), []
     for name, item in zip(keys, todo, strict=True):
         if done[name] > 0:
             done[name] -= 1
         else:
             left.append(item)
-    size = args.batch_size * world()
-    starts = range(0, len(left), size)
-    for start in tqdm(starts, "rows", disable=len(starts) < 2 or rank() > 0):
-        yield from work(left[start : start + size])
-
-
-def write(args: argparse.Namespace, device: torch.device) -> None:
-    """Every row to --out as soon as it is there."""
-    if not args.out.endswith(".jsonl"):
-        raise InputError(f"--out {args.out}: must end in .jsonl")
-    done = only_first(already, args)
-    rows = rows_of(args, device, done)
-    file = open(args.out, "a", encoding="utf-8") if rank() == 0 else contextlib.nullcontext()  # noqa: SIM115
-    with file:
-        for row in rows:
-            if rank() == 0:
+    file = open(args.out, "a", encoding="utf-8") if rank() == 0 else None  # noqa: SIM115
+    with file or contextlib.nullcontext():
+        for row in finished(args, left, work):
+            if file:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
 
 
 def show(args: argparse.Namespace, device: torch.device) -> None:
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    for row in rows_of(args, device, Counter()):
-        texts = row.get("completions") or [row["chosen"], row["rejected"]]
-        for k, text in enumerate(texts):
+    todo, _, work = read_work(args, Sampler(args, device))
+    for row in finished(args, todo, work):
+        for k, text in enumerate(texts_of(row)):
             about = [
                 f"{name[:-1]} {row[name][k]:.4g}" for name in ("logps", "rewards") if name in row
             ]
@@ -351,7 +372,7 @@ def main(argv: list[str] | None = None) -> int:
                 write(args, device)
             else:
                 show(args, device)
-    except InputError as error:
+    except (InputError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"sample.py: {error}", file=sys.stderr)
         return 2

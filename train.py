@@ -293,6 +293,7 @@ from data import (
     InputError,
     Report,
     collate,
+    decode,
     epoch_batches,
     get_encoding,
     load_function,
@@ -738,7 +739,7 @@ def model_reward(ckpt: dict, device):
             builder.add(next(ids), [next(ids)], ended=whole)
         groups, out = to_rate(builder.groups()), torch.zeros(2 * len(prompts), dtype=torch.float64)
         for batch, rewards in passes(model, groups, 64, device):
-            out[batch.segment] = rewards.double().cpu()
+            out[batch.segment] = rewards.cpu().double()
         return shared(out)[1::2]  # every group is a prompt and a completion
 
     return reward
@@ -1078,10 +1079,10 @@ class Alignment(Task):
         prompts, completions, segments = [], [], np.flatnonzero(is_completion(groups))
         for g in range(len(groups)):
             ids = groups.prompt(g)
-            text = "" if ids == [groups.eot] else self.encoding.decode(ids)
+            text = "" if ids == [groups.eot] else decode(self.encoding, ids)
             ys = groups.completions(g)
             prompts += [text] * len(ys)
-            completions += map(self.encoding.decode, ys)
+            completions += [decode(self.encoding, y) for y in ys]
         ended = groups.ended[segments].tolist()
         groups.rewards[segments] = self.reward(prompts, completions, ended).numpy()
 
@@ -1473,7 +1474,7 @@ def score(module, groups: Groups, s: Settings, device, ids=None, note: str = "")
         for batch, result in passes(module, groups, size, device, ids, note):
             logps = result[0] if isinstance(result, tuple) else result  # not PPO's values
             logps = logps.sum(-1) if logps.dim() == 3 else logps  # (B, K)
-            out[batch.segment[batch.mask]] = logps[batch.mask.to(device)].double().cpu()
+            out[batch.segment[batch.mask]] = logps[batch.mask.to(device)].cpu().double()
     return shared(out)
 
 

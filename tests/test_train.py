@@ -447,7 +447,8 @@ def test_sample_prints_text_and_says_what_is_wrong(files, capsys):
     argv = [files["sft"], "--prompt", "the cat", "--max_new_tokens", "5"]
     assert sample.main(argv) == 0
     assert capsys.readouterr().out.startswith("the cat")
-    assert sample.main([*argv, "--temperature", "-1"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        sample.main([*argv, "--temperature", "-1"])
     assert "temperature must be 0 or more" in capsys.readouterr().err
     assert sample.main([files["sft"], "--max_new_tokens", "64"]) == 2
     assert "leaves no room for a prompt" in capsys.readouterr().err
@@ -560,6 +561,9 @@ def test_rows_arrive_as_they_are_finished(files, tmp_path):
         (["--score", "x.jsonl", "--temperature", "0"], "--score needs a temperature above 0"),
         (["--out", "x.txt"], "must end in .jsonl"),
         (["--score", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
+        (["--score", "a.jsonl", "--out", "./a.jsonl"], "--out is the file that --score reads"),
+        (["--prompt", "a", "--top_k", "0"], "top_k must be at least 1"),
+        (["--prompt", "a", "--seed", "-1"], "seed must not be negative"),
         (["--prompt", "a", "--reward", "nowhere:f", "--max_new_tokens", "4"], "nowhere"),
     ],
 )
@@ -571,3 +575,32 @@ def test_sample_says_what_is_wrong(argv, said, files, capsys):
     error = capsys.readouterr().err
     assert status == 2
     assert said in error.splitlines()[-1]
+
+
+def test_out_is_touched_only_when_all_input_has_been_read(files, tmp_path, capsys):
+    """A mistake elsewhere on the command line, or a file of something else, costs no results."""
+    out = tmp_path / "rows.jsonl"
+    before = '{"prompt": "a", "completions": ["b"]}\n{"prompt": "c", "completions": ["d"]}'
+    out.write_text(before)
+    common = [files["sft"], "--prompts", files["pairs"], "--max_new_tokens", "6", "--out"]
+    argv = [*common, str(out), "--overwrite"]
+    assert sample.main([*argv, "--reward", "nowhere:f"]) == 2
+    assert sample.main(["nowhere", *argv[1:]]) == 2
+    assert sample.main([*argv[:-1], "-n", "3"]) == 2
+    assert "--overwrite?" in capsys.readouterr().err
+    assert out.read_text() == before
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"chosen": "x", "rejected": "y"}')
+    assert sample.main([*common, str(pairs)]) == 2
+    assert pairs.read_text() == '{"chosen": "x", "rejected": "y"}'
+    (tmp_path / "folder.jsonl").mkdir()
+    assert sample.main([*common, str(tmp_path / "folder.jsonl")]) == 2
+
+
+def test_the_best_of_n_is_sft_data(files, tmp_path):
+    best = tmp_path / "best.jsonl"
+    argv = [files["sft"], "--prompts", files["pairs"], "--best_of", "2", "--reward", REWARD]
+    assert sample.main([*argv, "--max_new_tokens", "6", "--out", str(best)]) == 0
+    out = str(tmp_path / "run")
+    argv = ["sft", "--data", str(best), "--init", files["sft"], "--max_iters", "1", "--out", out]
+    assert train.main(argv) == 0
