@@ -163,7 +163,7 @@ class Settings:
             )
         init, out = os.path.realpath(s.init), os.path.realpath(s.out)
         inside = s.init and out in (init, os.path.dirname(init))
-        yield not (inside and s.overwrite), f"--overwrite would delete --init {s.init}"
+        yield not inside, f"--out {s.out} would overwrite --init {s.init}"
         yield from s.misplaced()
         if s.draws:
             name = f"{s.stage} --online" if s.online else s.stage
@@ -269,6 +269,7 @@ if __name__ == "__main__":
 
 # ruff: noqa: E402
 import contextlib
+import datetime
 import functools
 import hashlib
 import inspect
@@ -295,6 +296,7 @@ from data import (
     collate,
     decode,
     epoch_batches,
+    file_sha256,
     get_encoding,
     load_function,
     read_groups,
@@ -361,7 +363,7 @@ def only_first(action, *args):
     if rank() == 0:
         try:
             result = action(*args)
-        except InputError as error:
+        except (InputError, OSError) as error:
             said = str(error)
     result, said = gather((result, said))[0]
     if said is not None:
@@ -379,7 +381,9 @@ def processes(device: str | None):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # the others wait while the first one reads a corpus or asks a slow reward function
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
     try:
         yield device
     finally:
@@ -668,8 +672,8 @@ def matmul_rate(s: Settings, device: torch.device) -> float:
     for _ in range(5):
         start = time.perf_counter()
         a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - start)
     return 2 * n**3 / sorted(seconds)[2]
 
@@ -836,6 +840,8 @@ class Task:
     micro-batches add up to exactly the large batch.
     """
 
+    n_trunks, n_heads = 1, 1  # networks, and language-model heads, that a step computes
+
     def __init__(self, s: Settings, device: torch.device):
         self.s, self.device = s, device
         self.gpt, self.encoding_name, self.temperature = build(s)
@@ -891,8 +897,10 @@ class Task:
         """Matmul FLOPs that a step on this batch needs: the backward pass is twice the forward."""
         P, n = batch.prefix_len, batch.scored.sum(-1)  # (B,), (B, K) tokens read = scored
         seen = (P * (P + 1) // 2).sum() + (n * P[:, None] + n * (n + 1) // 2).sum()
-        tokens, scored = (P.sum() + n.sum()).item(), n.sum().item()
-        return 3 * forward_flops(self.gpt.config, tokens, seen.item(), scored)
+        tokens = (P.sum() + n.sum()).item()
+        trunk = forward_flops(self.gpt.config, tokens, seen.item(), scored=0)
+        head = forward_flops(self.gpt.config, 0, 0, scored=n.sum().item())
+        return 3 * (self.n_trunks * trunk + self.n_heads * head)
 
     def prepare(self, ids: np.ndarray) -> None:
         """Whatever must be known of these groups of the training data before the first step."""
@@ -959,6 +967,8 @@ class Reward(Task):
     zero is set: mean 0 over the completions of up to 64 evenly spaced rows of the training data.
     """
 
+    n_heads = 0
+
     def make_module(self) -> torch.nn.Module:
         return RewardModel(self.gpt)
 
@@ -1001,7 +1011,9 @@ class Reward(Task):
         some = evenly_spaced(len(self.rows), 64)
         segment, mask = self.rows.grid(some)
         rewards = score(self.module, self.rows, self.s, self.device, some)[segment[mask]]
-        self.scorer.head.bias -= rewards.mean().item()
+        state = full(self.scorer.head.state_dict())
+        bias = state["bias"] - rewards.mean().item()
+        load_whole(self.scorer.head, state | {"bias": bias})  # not in place: it may be sharded
 
     def heads(self) -> dict:
         return {"head": self.scorer.head.state_dict()}
@@ -1151,6 +1163,8 @@ class Preference(Alignment):
             *(groups.digest(), weights_digest(scorer), self.temperature, compute_dtype(s, device)),
             *(device.type, torch.__version__, torch.get_num_threads(), scorer.gpt.config),
             *(s.micro_batch_size or s.batch_size, None if ids is None else ids.tolist()),
+            *(file_sha256(Path(__file__).with_name(name)) for name in ("model.py", "data.py")),
+            device.type == "cuda" and torch.cuda.get_device_name(device),
         ]).encode())  # fmt: skip
         path = Path(s.cache) / f"reference-{key.hexdigest()}"
         found = only_first(read_stored, path)
@@ -1173,7 +1187,7 @@ class Preference(Alignment):
             result |= self.drawn(step)
         if result.get("chosen_logratio", 0) < -0.1 and not self.warned:
             self.warned = True
-            tqdm.write(
+            say(
                 f"warning: at step {step} the chosen completions are less likely than under the "
                 f"reference (mean log-ratio {result['chosen_logratio']:.2f}): the margin grows "
                 "because the rejected fall faster; a larger --beta_pi or fewer steps keep them"
@@ -1370,6 +1384,8 @@ class PPO(Rounds):
         self.passes, self.beta = s.ppo_epochs, s.kl_coef
         super().__init__(s, device)
 
+    n_trunks = 2
+
     def make_module(self) -> torch.nn.Module:
         return ActorCritic(self.gpt, self.temperature)
 
@@ -1512,20 +1528,28 @@ SHOWN = {  # what the bar shows of a record, where it is there
 
 class Log:
     """metrics.jsonl, one record a line, and the progress bar. On resume, records after the
-    checkpoint's step are dropped. Rates are means since the last
-    record of training: drawing counts, evaluation does not."""
+    checkpoint's step are dropped. Rates are means since the last record of training:
+    drawing counts, evaluation does not."""
 
     def __init__(self, s: Settings, device: torch.device, step: int, steps: int):
         self.bar = tqdm(total=steps, initial=step, desc=s.stage, disable=rank() > 0)
         self.device, self.limit, self.shown, self.file = device, matmul_rate(s, device), {}, None
-        if rank() == 0:
-            path = Path(s.out) / "metrics.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step]
-            with replacing(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept))
-            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
+        only_first(self.open, Path(s.out) / "metrics.jsonl", step)
         self.start_clock()
+
+    def open(self, path: Path, step: int) -> None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
+
+    def append(self, record: dict) -> None:
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk
+            raise InputError(f"cannot write {self.file.name}: {error.strerror}") from error
 
     def start_clock(self) -> None:
         self.start, self.work = time.perf_counter(), np.zeros(3)  # groups, tokens, FLOPs
@@ -1540,13 +1564,7 @@ class Log:
     def write(self, kind: str, step: int, figures: dict) -> None:
         names = SHOWN[kind]
         self.shown |= {names[k]: v for k, v in figures.items() if k in names}
-        if self.file is not None:
-            record = {"step": step, "kind": kind, **figures}
-            try:
-                self.file.write(json.dumps(record) + "\n")
-                self.file.flush()
-            except OSError as error:  # a full disk
-                raise InputError(f"cannot write {self.file.name}: {error.strerror}") from error
+        only_first(self.append, {"step": step, "kind": kind, **figures})
 
     def advance(self) -> None:
         self.bar.update()
@@ -1698,10 +1716,16 @@ def save(out: Path, task: Task, optimizer, state: dict, better: bool) -> None:
 def write_checkpoint(out: Path, weights: dict, rest: dict, better: bool) -> None:
     write_json(out / "config.json", weights["config"] | {"encoding": weights["encoding"]})
     if better:
-        with replacing(out / "best.pt") as temporary:
-            torch.save(weights | {"step": rest["step"]}, temporary)
-    with replacing(out / "ckpt.pt") as temporary:
-        torch.save(weights | rest, temporary)
+        write_tensors(out / "best.pt", weights | {"step": rest["step"]})
+    write_tensors(out / "ckpt.pt", weights | rest)
+
+
+def write_tensors(path: Path, value: dict) -> None:
+    with replacing(path) as temporary:
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 TASKS = {"sft": SFT, "reward": Reward, "exo": Preference, "dpo": Preference, "ppo": PPO}

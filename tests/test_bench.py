@@ -37,7 +37,7 @@ def test_train_flops_by_hand():
     tokens = 3 + 2 + 3
     seen = (1 + 2 + 3) + (4 + 5) + (4 + 5 + 6)  # the prefix, then keys 0..2 and oneself
     forward = 24 * 16 * tokens + 4 * 4 * seen + 2 * 4 * 10 * (2 + 3)
-    task = SimpleNamespace(gpt=SimpleNamespace(config=config))
+    task = SimpleNamespace(gpt=SimpleNamespace(config=config), n_trunks=1, n_heads=1)
     assert train.Task.flops(task, collate(builder.groups(), np.array([0]))) == 3 * forward
 
 

@@ -88,6 +88,8 @@ def assert_same_run(a: Path, b: Path, tolerance: float) -> None:
     close = {"rtol": tolerance, "atol": tolerance}
     for name, value in first["model"].items():
         torch.testing.assert_close(second["model"][name], value, **close, msg=name)
+    for name, value in first.get("head", {}).items():
+        torch.testing.assert_close(second["head"][name], value, **close, msg=name)
     for i, entry in first["optimizer"]["state"].items():
         for name, value in entry.items():
             torch.testing.assert_close(second["optimizer"]["state"][i][name], value, **close)
