@@ -53,13 +53,13 @@ def files(tmp_path_factory) -> dict:
     return out
 
 
-def run(argv: list[str], processes: int) -> subprocess.CompletedProcess:
+def run(argv: list[str], processes: int, script="train.py") -> subprocess.CompletedProcess:
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*start, "train.py", *argv], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        [*start, script, *argv], cwd=ROOT, env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -139,6 +139,17 @@ def test_a_sharded_run_resumes_in_one_process(files, tmp_path):
     assert train.load_checkpoint(parts)["step"] < STEPS
     run([*command, "--resume"], 1)
     assert_same_run(whole, parts, 1e-10)
+
+
+def test_two_processes_sample_what_one_samples(files, tmp_path):
+    """11 prompts do not divide by batches of 2 on 2 processes."""
+    argv = [files["sft"], "--prompts", files["pairs"], "-n", "2", "--max_new_tokens", "6"]
+    argv += ["--batch_size", "2", "--reward", "tests.test_distributed:reward", "--out"]
+    for processes in (1, 2):
+        run([*argv, str(tmp_path / f"{processes}.jsonl")], processes, "sample.py")
+    one, two = ((tmp_path / f"{n}.jsonl").read_text() for n in (1, 2))
+    assert one == two
+    assert one.count("\n") == 11
 
 
 def wait_for(condition) -> None:
