@@ -15,7 +15,7 @@ keeps, in each block:
 
 and besides: the mask, a rows T (P + T); ln_f's input and output, indices, each row's logsumexp,
 autocast's copies of weights (`casts`; a tied head's too). With gradient checkpointing a block keeps
-its input, 4 C L.
+its input, 4 C L, and the mask is not saved but held.
 
 `buffers` is what the worst moment holds beyond that: parts of the logits and W's gradient, or the
 gradients inside a block and the head's share of W's gradient, which waits for the embedding's; with
@@ -90,7 +90,8 @@ def memory(
     matrices = 12 * C * C  # of a block
     head_input = a * C * (S if cast else L)  # a copy, or a part of ln_f's output
     rest = (4 * C + 8) * L + head_input + 4 * S + 8 * (3 * L + cells + 2 * S)
-    rest += a * pairs if P else 0
+    mask = a * pairs if P else 0
+    rest += 0 if checkpointing else mask
     plain = S * V <= chunk  # small heads keep their logits
     activations = rest + (4 * C * L if checkpointing else block) * n_layer + 4 * S * V * plain
     casts = cast * (V * C + (0 if checkpointing else matrices * n_layer))
@@ -117,7 +118,7 @@ def memory(
         "optimizer": (8 * count + 4 * (12 * n_layer + 4)) / shards,  # a step counter per tensor
         "activations": activations,
         "casts": casts,
-        "buffers": max(moments) + whole,
+        "buffers": max(moments) + whole + (mask if checkpointing else 0),
     }
     return {k: v / GB for k, v in (terms | {"total": sum(terms.values())}).items()}
 
