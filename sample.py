@@ -80,7 +80,6 @@ if __name__ == "__main__":
     parse(sys.argv[1:])  # --help and mistakes are answered before the slow imports
 
 # ruff: noqa: E402
-import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -314,12 +313,16 @@ def write(args: argparse.Namespace, device: torch.device) -> None:
             done[name] -= 1
         else:
             left.append(item)
-    file = open(args.out, "a", encoding="utf-8") if rank() == 0 else None  # noqa: SIM115
-    with file or contextlib.nullcontext():
-        for row in finished(args, left, work):
-            if file:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
+    for row in finished(args, left, work):
+        only_first(append, Path(args.out), row)
+
+
+def append(path: Path, row: dict) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:  # a full disk
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def show(args: argparse.Namespace, device: torch.device) -> None:
@@ -372,7 +375,11 @@ def main(argv: list[str] | None = None) -> int:
                 write(args, device)
             else:
                 show(args, device)
-    except (InputError, OSError) as error:
+    except KeyboardInterrupt:
+        kept = f"; {args.out} keeps its rows, the same command goes on" if args.out else ""
+        print(f"sample.py: stopped{kept}", file=sys.stderr)
+        return 130
+    except InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"sample.py: {error}", file=sys.stderr)
         return 2

@@ -358,7 +358,8 @@ def gather(value: object) -> list:
 
 
 def only_first(action, *args):
-    """The first process does it while the others wait; its result, or InputError, is everyone's."""
+    """The first process does it while the others wait; its result, or its error as a
+    sentence, is everyone's."""
     result, said = None, None
     if rank() == 0:
         try:
@@ -658,10 +659,11 @@ def compute_dtype(s: Settings, device: torch.device) -> torch.dtype:
     return getattr(torch, s.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
-def set_precision(s: Settings) -> None:
-    """TF32, which keeps 10 of 23 bits of a product's factors: for what autocast leaves in float32,
-    but not where --dtype float32 was asked for."""
-    torch.set_float32_matmul_precision("high" if s.dtype in (None, "bfloat16") else "highest")
+def set_precision(s: Settings, device: torch.device) -> None:
+    """TF32 on a GPU, which keeps 10 of 23 bits of a product's factors: for what autocast leaves in
+    float32, but not where --dtype float32 was asked for."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if s.dtype in (None, "bfloat16") else "highest")
 
 
 def matmul_rate(s: Settings, device: torch.device) -> float:
@@ -1735,7 +1737,6 @@ def main(argv: list[str] | None = None) -> int:
     s = parse(sys.argv[1:] if argv is None else argv)
     if s.threads:
         torch.set_num_threads(s.threads)
-    set_precision(s)
     try:
         if s.stage == "toy":
             from experiments import toy
@@ -1751,6 +1752,7 @@ def main(argv: list[str] | None = None) -> int:
         if s.fsdp and "RANK" not in os.environ:
             raise InputError("--fsdp needs several processes: torchrun --nproc_per_node=N train.py")
         with processes(s.device) as device:
+            set_precision(s, device)
             task = Online if s.online else TASKS[s.stage]
             return fit(s, task(s, device))
     except InputError as error:

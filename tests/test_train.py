@@ -597,6 +597,77 @@ def test_out_is_touched_only_when_all_input_has_been_read(files, tmp_path, capsy
     assert sample.main([*common, str(tmp_path / "folder.jsonl")]) == 2
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "keeps its rows, the same command goes on"),
+        (OSError(28, "No space left on device"), 2, "cannot write"),
+    ],
+)
+def test_sampling_stopped_by_ctrl_c_or_a_full_disk(
+    error, status, said, files, tmp_path, monkeypatch, capsys
+):
+    """The rows that were finished stay, and the same command goes on to the same file."""
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    argv = [files["sft"], "--prompts", files["pairs"], "--batch_size", "4"]
+    argv += ["--max_new_tokens", "4", "--out"]
+    assert sample.main([*argv, str(whole)]) == 0
+    dumps, rows = json.dumps, []
+
+    def breaks(row, *args, **kwargs):
+        if isinstance(row, dict):
+            rows.append(row)
+            if len(rows) == 6:
+                raise error
+        return dumps(row, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample.json, "dumps", breaks)
+        assert sample.main([*argv, str(part)]) == status
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert len(rows_of(part)) == 5
+    assert sample.main([*argv, str(part)]) == 0
+    assert part.read_bytes() == whole.read_bytes()
+
+
+def test_a_full_disk_while_training_is_a_sentence(files, tmp_path, monkeypatch, capsys):
+    """torch says RuntimeError where a checkpoint does not fit; the last one stays, and the run goes
+    on from it."""
+    out, save = tmp_path / "run", torch.save
+    assert preference("dpo", files, tmp_path / "whole") == 0
+
+    def full_disk(value, path):
+        if value["step"] > 0:
+            raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+        save(value, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        assert preference("dpo", files, out) == 2
+    assert "cannot write" in capsys.readouterr().err.splitlines()[-1]
+    assert train.load_checkpoint(out)["step"] == 0
+    assert not list(out.glob(".*"))
+    assert preference("dpo", files, out, "--resume") == 0
+    a, b = (train.load_checkpoint(x)["model"] for x in (tmp_path / "whole", out))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_tf32_only_on_a_gpu_and_not_where_float32_was_asked_for(files, tmp_path):
+    before = torch.get_float32_matmul_precision()
+    found = []
+    try:
+        for dtype in (None, "bfloat16", "float32"):
+            s = train.Settings("sft", data=["-"], dtype=dtype)
+            torch.set_float32_matmul_precision("highest")
+            train.set_precision(s, torch.device("cpu"))
+            assert torch.get_float32_matmul_precision() == "highest"
+            train.set_precision(s, torch.device("cuda"))
+            found.append(torch.get_float32_matmul_precision())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found == ["high", "high", "highest"]
+
+
 def test_the_best_of_n_is_sft_data(files, tmp_path):
     best = tmp_path / "best.jsonl"
     argv = [files["sft"], "--prompts", files["pairs"], "--best_of", "2", "--reward", REWARD]
