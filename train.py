@@ -1727,7 +1727,8 @@ def write_tensors(path: Path, value: dict) -> None:
         try:
             torch.save(value, temporary)
         except RuntimeError as error:  # what torch makes of a full disk
-            raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+            why = str(error).splitlines()[0]
+            raise InputError(f"cannot write {path}: is the disk full? ({why})") from error
 
 
 TASKS = {"sft": SFT, "reward": Reward, "exo": Preference, "dpo": Preference, "ppo": PPO}
