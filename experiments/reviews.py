@@ -3,9 +3,9 @@ The text world: restaurant reviews from a grammar so small that its posterior is
 
 A reviewer is happy or unhappy, with equal odds, and writes clause after clause:
 
-    On Friday the noodles were rather tasty                         the prompt: a first impression
+    On Friday the noodles were rather tasty                        the prompt: a first impression
     , but they were greasy. Also, the cook was slow, and she       the completion must agree with
-    always shouts. Even so, I would gladly order them again.        it in number and in polarity
+    always shouts. In the end I would hardly order them again.     it, and with itself, in number
 
 The grammar is one list of slots, REVIEW. A slot looks at the state (what later words must agree
 with) and offers choices; each choice has a weight and a lean, in nats, and its probability is
@@ -14,10 +14,10 @@ with) and offers choices; each choice has a weight and a lean, in nats, and its 
 
 `sample` walks along the slots and draws, `likelihood` walks along them with a given text and sums
 over all walks that spell it, so that generator and oracle cannot drift apart. There is something to
-sum over: whether a clause praises or blames is a hidden choice, and a word with lean 0 ("spicy")
-does not tell, until a later "and" or "but" does.
+sum over: whether a clause praises or blames is a hidden choice, and a word with lean 0 ("filling")
+does not tell.
 
-    sentiment    log P(happy | text) - log P(unhappy | text): the log-odds, within ±8, sd 2.4
+    sentiment    log P(happy | text) - log P(unhappy | text): the log-odds, within ±9, sd 2.6
     conviction   its absolute value: a rave or a pan; a quarter of the reviews is lukewarm, below 1
 
 The prompt says little (at most ±0.5), so from every prompt a rave and a pan are both in reach.
@@ -28,9 +28,10 @@ word would look softer, but broken text would keep the evidence of its other wor
 would soon drop the grammar for more of them. Here no broken text can outscore a sound one.
 
 Simplifications: a reviewer remembers only the state, and so may call burnt fries superb; the order
-of the clauses is fixed, and no review is longer than 40 words, or 48 tokens. Nothing is negated
-before the verdict: polarity would be the parity of "not", adjective and "but", which small models
-hardly learn. (With a factor below 0 in DEGREE the grammar allows it.)
+of the clauses is fixed, and no review is longer than 40 words, or 48 tokens. "but" means no more
+than "and", and nothing is negated: where polarity is a parity (of "but", "not" and the adjective),
+small models stay on a plateau for thousands of steps, and then the world measures who left it. (With
+a factor below 0 in DEGREE the grammar allows negation.)
 """
 
 import functools
@@ -42,7 +43,7 @@ from typing import NamedTuple
 
 import tiktoken
 
-UNPRODUCIBLE = {"sentiment": -9.0, "conviction": -1.0}  # at least a nat below any real review
+UNPRODUCIBLE = {"sentiment": -10.0, "conviction": -1.0}  # at least a nat below any real review
 
 # ------------------------------------------------------------------------------
 # The lexicon: who is talked about (with its pronoun), and how (with its lean in nats)
@@ -77,9 +78,8 @@ VERDICT = graded(
 DEGREE = {"": (2, 1.0), " really": (1, 1.4), " rather": (1, 0.6)}
 OFTEN = {" always": (1, 1.4), " often": (1, 1.0), " sometimes": (1, 0.6)}
 
-# Two clauses are joined by one of the first if both praise or both blame, else by one of the second
-JOIN = (", and", ". Also,"), (", but", ". Still,")
-CLOSE = (". So",), (". Even so,",)
+JOIN = (", and", ", but", ". Also,", ". Still,")
+CLOSE = (". So", ". Again,", ". In the end")
 
 # ------------------------------------------------------------------------------
 # The grammar: slots that offer choices
@@ -90,7 +90,7 @@ class State(NamedTuple):
 
     dish: str = ""  # the pronoun of the first subject: it, they
     subject: str = ""  # the pronoun of the latest subject: it, they, he, she
-    polarity: int = 0  # of the latest clause: +1 praises, -1 blames (hidden, see above)
+    polarity: int = 0  # of the clause: +1 praises, -1 blames (hidden, see above)
     factor: float = 1.0  # of the latest word of DEGREE or OFTEN
 
 
@@ -126,21 +126,8 @@ def agree(form: Callable[[State], str]) -> Slot:
 
 
 def impression(lean: float) -> Slot:
-    """Whether the first clause praises or blames: hidden, it writes nothing."""
+    """Whether the clause praises or blames: hidden, it writes nothing."""
     return lambda state: [Choice("", state._replace(polarity=p), lean=p * lean) for p in (1, -1)]
-
-
-def join(words: tuple, lean: float) -> Slot:
-    """Whether the next clause praises or blames, told by a word that compares it with the last.
-
-    Reviewers keep to it twice as often as they turn, which is also what gets a model started.
-    """
-    same, flip = words
-    return lambda state: [
-        Choice(text, state._replace(polarity=p), weight / len(texts), lean=p * lean)
-        for p, texts, weight in ((state.polarity, same, 2), (-state.polarity, flip, 1))
-        for text in texts
-    ]
 
 
 def degree(table: dict[str, tuple[float, float]]) -> Slot:
@@ -179,6 +166,7 @@ was = agree(lambda state: " were" if state.subject == "they" else " was")
 are = agree(lambda state: " are" if state.subject == "they" else " is")
 pronoun = agree(lambda state: f" {state.subject}")
 them = agree(lambda state: " them" if state.dish == "they" else " it")
+habit = opinion(HABIT, verb=True)
 days = one_of(*(f" {d}day" for d in ("Mon", "Tues", "Wednes", "Thurs", "Fri", "Satur", "Sun")))
 
 # A clause's polarity leans by as much as its words do on average, so that a clause's evidence is
@@ -187,11 +175,13 @@ FIRST = (one_of("On", "Last", "One"), days, subject(DISHES), was)
 FIRST += (impression(0.15), degree(DEGREE), opinion(TASTE, scale=0.2))
 REVIEW: tuple[Slot, ...] = (
     *FIRST,
-    *(join(JOIN, 0.7), pronoun, was, degree(DEGREE), opinion(PLATE)),
-    *(join(JOIN, 0.7), subject(STAFF), was, degree(DEGREE), opinion(MANNER)),
-    *maybe(0.6, (join(JOIN, 0.5), pronoun, degree(OFTEN), opinion(HABIT, verb=True))),
-    *maybe(0.6, (join(JOIN, 0.7), subject(ROOM), are, degree(DEGREE), opinion(LOOK))),
-    *(join(CLOSE, 1.0), one_of(" I would"), opinion(VERDICT)),
+    *(one_of(*JOIN), pronoun, was, impression(0.7), degree(DEGREE), opinion(PLATE)),
+    *(one_of(*JOIN), subject(STAFF), was, impression(0.7), degree(DEGREE), opinion(MANNER)),
+    *maybe(0.6, (one_of(*JOIN), pronoun, impression(0.5), degree(OFTEN), habit)),
+    *maybe(
+        0.6, (one_of(*JOIN), subject(ROOM), are, impression(0.7), degree(DEGREE), opinion(LOOK))
+    ),
+    *(one_of(*CLOSE), one_of(" I would"), impression(1.0), opinion(VERDICT)),
     *(one_of(" order", " try", " recommend", " choose"), them, one_of(" again.")),
 )
 
@@ -251,13 +241,13 @@ def log_odds(text: str) -> float | None:
 
 
 def sentiment(prompt: str, completion: str) -> float:
-    """The log-odds that a happy reviewer wrote prompt + completion: within ±8 nats, else -9."""
+    """The log-odds that a happy reviewer wrote prompt + completion: within ±9 nats, else -10."""
     odds = log_odds(prompt + completion)
     return UNPRODUCIBLE["sentiment"] if odds is None else odds
 
 
 def conviction(prompt: str, completion: str) -> float:
-    """How clear prompt + completion is either way: from 0, lukewarm, to 8 nats, else -1."""
+    """How clear prompt + completion is either way: from 0, lukewarm, to 9 nats, else -1."""
     odds = log_odds(prompt + completion)
     return UNPRODUCIBLE["conviction"] if odds is None else abs(odds)
 

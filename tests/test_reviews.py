@@ -15,13 +15,13 @@ from experiments import reviews
 PROMPT = "On Friday the noodles were rather tasty"
 REST = (
     ", but they were greasy. Also, the cook was slow, and she always shouts. "
-    "Even so, I would gladly order them again."
+    "In the end I would hardly order them again."
 )
 SMALL = (  # a grammar of 40-odd texts that uses every kind of slot
     reviews.subject({"soup": "it", "fries": "they"}),
     *(reviews.was, reviews.impression(0.4), reviews.degree({"": (2, 1.0), " not": (1, -0.5)})),
     reviews.opinion({"good": 1.0, "odd": 0.0, "bad": -2.0}),
-    *reviews.maybe(0.3, (reviews.join(((" and",), (" but",)), 1.0), reviews.pronoun)),
+    *reviews.maybe(0.3, (reviews.one_of(" and", " but"), reviews.pronoun)),
 )
 
 
@@ -117,7 +117,14 @@ def test_calibration_in_buckets_of_the_log_odds(drawn):
 
 @pytest.mark.parametrize(
     "event",
-    [r"superb", r"rather \w+, but", r"spicy, but", r"always smile", r"So I", r"them again"],
+    [
+        r"superb",
+        r"rather superb",
+        r"(it was|they were) filling",
+        r"always smile",
+        r"So I",
+        r"them again",
+    ],
 )
 def test_calibration_on_events(drawn, event):
     """The mean posterior over the reviews that say something is the share of happy ones there."""
@@ -128,12 +135,12 @@ def test_calibration_on_events(drawn, event):
 
 
 def test_rewards_have_the_documented_scale(drawn):
-    """Sentiment has sd 2.4 around 0 within ±8, and a quarter of the reviews are lukewarm."""
+    """Sentiment has sd 2.6 around 0 within ±9, and a quarter of the reviews are lukewarm."""
     odds = [o for *_, o in drawn]
     assert abs(sum(odds) / len(odds)) < 0.06
-    assert math.sqrt(sum(o * o for o in odds) / len(odds)) == pytest.approx(2.42, abs=0.06)
-    assert all(abs(o) < 8 for o in odds)
-    assert sum(abs(o) < 1 for o in odds) / len(odds) == pytest.approx(0.26, abs=0.03)
+    assert math.sqrt(sum(o * o for o in odds) / len(odds)) == pytest.approx(2.6, abs=0.06)
+    assert all(abs(o) < 9 for o in odds)
+    assert sum(abs(o) < 1 for o in odds) / len(odds) == pytest.approx(0.25, abs=0.03)
 
 
 def test_a_prompt_leaves_both_modes_open():
@@ -147,7 +154,7 @@ def test_a_prompt_leaves_both_modes_open():
 
 
 def unproducible(text):
-    return (reviews.sentiment("", text), reviews.conviction("", text)) == (-9.0, -1.0)
+    return (reviews.sentiment("", text), reviews.conviction("", text)) == (-10.0, -1.0)
 
 
 def test_unproducible_is_below_every_review():
@@ -160,8 +167,8 @@ def test_unproducible_is_below_every_review():
             for choice, happy, unhappy in reviews.arcs(slot, state):
                 there, new = worst[i + choice.jump], odds + math.log(happy / unhappy)
                 there[choice.state] = min(new, there.get(choice.state, new))
-    assert -8 < min(worst[-1].values()) < -7
-    assert reviews.UNPRODUCIBLE["sentiment"] <= -9
+    assert -9 < min(worst[-1].values()) < -8
+    assert reviews.UNPRODUCIBLE["sentiment"] <= -10
     assert reviews.UNPRODUCIBLE["conviction"] <= -1
 
 
@@ -180,11 +187,10 @@ def test_the_example_is_a_review():
         ("she always", "he always"),  # gender, of another subject
         ("shouts", "shout"),
         ("them again", "it again"),  # number, from the first clause to the last
-        (", but they", ", and they"),  # polarity, across the edge of the prompt
-        ("Also, the", "Still, the"),
-        ("Even so,", "So"),
-        (", and she", ", but she"),
-        ("gladly", "never"),
+        (", but they", ", so they"),
+        ("Also, the", "Also the"),
+        ("In the end I", "In the end, I"),
+        (", and she", ", and it"),
         ("again.", "again"),  # cut
         ("again.", "again. "),
         ("again.", "again. Also, it was perfect."),  # does not know when to stop
@@ -213,7 +219,7 @@ def test_a_word_left_out_costs_the_reward():
 def test_any_text_has_a_finite_reward(text):
     """Heaps of strong words are no review, and get less than the worst one."""
     assert unproducible(text)
-    assert reviews.sentiment(PROMPT, text) == -9
+    assert reviews.sentiment(PROMPT, text) == -10
 
 
 # ------------------------------------------------------------------------------
