@@ -64,6 +64,9 @@ class Settings:
     n_layer: int | None = flag(None, "blocks (--init's, or 4)")
     n_head: int | None = flag(None, "attention heads (--init's, or 4)")
     n_embd: int | None = flag(None, "width (--init's, or 128)")
+    init_std: float | None = flag(
+        None, "spread of fresh blocks' weights (0.02; narrow models want about 1/sqrt(n_embd))"
+    )
     temperature: float | None = flag(
         None, "divides logits, in training and sampling (--init's, or 1)"
     )
@@ -189,7 +192,7 @@ class Settings:
         )
         yield not (s.resume and s.overwrite), "give --resume or --overwrite, not both"
         yield not s.dump_eval or s.eval_data, "--dump_eval needs --eval_data"
-        positive = ("beta_pi", "beta_r", "temperature", "learning_rate", "epochs")
+        positive = ("beta_pi", "beta_r", "temperature", "learning_rate", "epochs", "init_std")
         for name in (*positive, "clip", "value_clip"):
             value = getattr(s, name)
             ok = value is None or (value > 0 and math.isfinite(value))
@@ -215,6 +218,7 @@ class Settings:
         preference = self.stage in ("exo", "dpo")
         for flags, applies, where in (
             ("online beta_pi beta_r loss", preference, "exo and dpo"),
+            ("init_std", not self.init, "a model from scratch, without --init"),
             ("dump_eval", preference and not self.online, "exo and dpo without --online"),
             ("reward", preference or self.stage == "ppo", "exo, dpo and ppo"),
             ("K round_iters", self.draws, "ppo, and exo and dpo with --online"),
@@ -645,7 +649,8 @@ def build(s: Settings) -> tuple[GPT, str, float]:
         )
     except ValueError as error:
         raise InputError(str(error)) from error
-    return GPT(config, torch.Generator().manual_seed(s.seed)), name, s.temperature or 1.0
+    gpt = GPT(config, torch.Generator().manual_seed(s.seed), s.init_std or 0.02)
+    return gpt, name, s.temperature or 1.0
 
 
 def autocast(s: Settings, device: torch.device):

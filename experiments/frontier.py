@@ -3,6 +3,7 @@ The text world: oracle reward against KL(pi || sft) of every method, by the stag
 
     python -m experiments.frontier --quick      one seed, three betas: the smallest that shows it
     python -m experiments.frontier              the matrix below (FULL)
+    python -m experiments.frontier --tune       where LEARNING_RATE is from
     python -m experiments.frontier --corpus FILE --lexicon FILE      the same on real text
 
 Each writes results.json, table.md, samples.md and figures.
@@ -23,19 +24,16 @@ OUT/pieces is there, so a stopped run goes on where it was, and --jobs changes s
 keeps a hash of all settings that lead to it; where they have changed, the piece is made anew.
 
 Choices and simplifications:
-- One beta means one optimum for all but exo-pref: exo-rw, dpo-rw and online have beta_pi = 1 and
-  beta_r = beta, dpo-pref beta_pi = beta, ppo kl_coef = beta. exo-pref's temperature is set by
-  label_smoothing as much as by beta_pi, so it is swept at the paper's 1e-3 and, as exo-pref-0.12,
-  at sigmoid(-2), where it matches Bradley-Terry for close pairs. Nobody is compared at equal beta,
-  but at equal KL.
-- All read the same number of completions per step, for the same number of steps, with a learning
-  rate per family of methods (LEARNING_RATE), the same for all betas. The rates come from pilots on
-  seed 0 and its held-out prompts, so seed 0 is not clean, and with unequal care: most pilots were
-  of the offline methods with the oracle, three of PPO (the best at its highest rate), none of
-  dpo-online. On-policy rates are larger, so a part of "further" may be step size.
-- sft must learn that "and" keeps and "but" turns a clause's polarity, and stays on a plateau before
-  it does, for a number of steps that differs from seed to seed: look at its share of producible
-  text (in results.json) before reading anything into a frontier. Width 16 never leaves it.
+- One beta means one optimum: exo-rw, dpo-rw and online have beta_pi = 1 and beta_r = beta, dpo-pref
+  beta_pi = beta, ppo kl_coef = beta. exo-pref's pull is set by beta_pi and by label smoothing, e,
+  alike: where a pair's rewards differ by d, its labels ask for a log-ratio of (2 sigmoid(d) - 1)
+  log((1 - e) / e) / beta_pi. With the paper's e = 1e-3 and beta_pi = beta log((1 - e) / e) / 2 that
+  is Bradley-Terry's d / beta for close pairs, and at most 2 / beta for others. Nobody is compared
+  at equal beta, but at equal KL.
+- All read the same number of completions per step, for the same number of steps. Each method has
+  the learning rate that --tune found for it: of RATES, on a seed of its own (data, sft, labels and
+  judged prompts that no other run sees), at the middle beta, the highest share of what the optimum
+  gains in oracle reward - beta KL, mean over the rewards.
 - Each seed has its own data, sft, labels and reward models. Standard errors are over seeds.
 - All policies are judged on the same held-out prompts, with the same uniform numbers.
 """
@@ -44,7 +42,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import math
 import os
 import sys
 import time
@@ -65,7 +62,9 @@ class Matrix:
     betas: tuple = ()  # ((reward, (beta, ...)), ...)
     methods: tuple = ()
     seeds: int = 3
-    widths: tuple = (16,)  # of calibration, beside n_embd: exo-rw-oracle and dpo-rw-oracle alone
+    first_seed: int = 0
+    rates: tuple = ()  # learning rates to try; none: LEARNING_RATE
+    widths: tuple = (8, 16)  # of calibration, beside n_embd: exo-rw-oracle and dpo-rw-oracle alone
     pairs: tuple = (128, 1024)  # of sample efficiency, beside all of them
     efficiency: tuple = ("exo-pref", "dpo-pref")
     efficiency_rewards: tuple = ("sentiment",)
@@ -77,15 +76,15 @@ class Matrix:
     block_size: int = 96
     new: int = 44  # longest completion drawn; the grammar's longest is 41
     sft_rows: int = 20_000
-    sft_iters: int = 9000  # at 6,000 half of the texts break the grammar; at 7,000 a tenth
-    sft_batch: int = 16
-    sft_rate: float = 2e-3
-    prompts: int = 2048  # training prompts
+    sft_iters: int = 2000
+    sft_batch: int = 32
+    sft_rate: float = 2e-3  # at n_embd 48; a width's is larger by the root of 48 / width
+    prompts: int = 1920  # training prompts
     K: int = 8  # completions of each
-    groups: int = 16  # groups per step: 16 of 8 completions, or 64 pairs
-    steps: int = 100
+    groups: int = 8  # groups per step: 8 of 8 completions, or 32 pairs
+    steps: int = 240
     evals: int = 3  # evaluations along the way, the last one included
-    rm_iters: int = 250
+    rm_iters: int = 500  # and at most eight times through the pairs
     judged: tuple = (64, 16)  # held-out prompts, and completions of each, that judge a policy
     pool: int = 1024  # completions of each of them from sft, for the optimum and best-of-n
 
@@ -95,50 +94,50 @@ REWARDS = {
     "conviction": "experiments.reviews:conviction",
     "lexicon": "experiments.frontier_corpus:lexicon",
 }
-SMOOTH = 1 / (1 + math.exp(2))  # see the top
-METHODS = {  # name: (stage, what it learns from, label smoothing)
-    "exo-pref": ("exo", "pairs", 1e-3),
-    "exo-pref-0.12": ("exo", "pairs", SMOOTH),
-    "dpo-pref": ("dpo", "pairs", 0.0),
-    "exo-rw": ("exo", "model", None),
-    "dpo-rw": ("dpo", "model", None),
-    "exo-rw-oracle": ("exo", "oracle", None),
-    "dpo-rw-oracle": ("dpo", "oracle", None),
-    "exo-online": ("exo", "own", None),
-    "dpo-online": ("dpo", "own", None),
-    "ppo": ("ppo", "own", None),
-    "exo-online-oracle": ("exo", "own-oracle", None),
+METHODS = {  # name: (stage, what it learns from)
+    "exo-pref": ("exo", "pairs"),
+    "dpo-pref": ("dpo", "pairs"),
+    "exo-rw": ("exo", "model"),
+    "dpo-rw": ("dpo", "model"),
+    "exo-rw-oracle": ("exo", "oracle"),
+    "dpo-rw-oracle": ("dpo", "oracle"),
+    "exo-online": ("exo", "own"),
+    "dpo-online": ("dpo", "own"),
+    "ppo": ("ppo", "own"),
 }
+SMOOTHING = 1e-3  # exo-pref's; see the top
 CALIBRATION = ("exo-rw-oracle", "dpo-rw-oracle")
-LEARNING_RATE = {  # by what is learned from; see the top
-    "pairs": 2e-4,
-    "model": 2e-4,
-    "oracle": 2e-4,
-    "own": 1e-3,
-    "own-oracle": 5e-4,
-    "ppo": 1e-3,
-    "rm": 2e-3,
-}
+LEARNING_RATE = dict.fromkeys(METHODS, 3e-4) | {"rm": 1e-3}  # by --tune
+RATES = (1e-4, 3e-4, 1e-3)
+TUNING_SEED = 1000
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 OPTIMUM_BETAS = tuple(2 ** (k / 2) for k in range(8, -7, -1))  # 16 ... 0.125
 LEAST_ESS = 20  # the optimum's curve ends where fewer completions of the pool carry it
 BUDGETS = (0.25, 0.5, 1.0, 2.0, 3.0)  # KLs at which methods are compared
 
 FULL = Matrix(
-    betas=(("sentiment", (4.0, 1.0, 0.25)), ("conviction", (2.0, 0.5, 0.125))),
+    betas=(("sentiment", (8.0, 2.0, 0.5)), ("conviction", (4.0, 1.0, 0.25))),
     methods=tuple(METHODS),
+)
+TUNE = replace(
+    FULL,
+    betas=tuple((reward, betas[1:2]) for reward, betas in FULL.betas),
+    rates=RATES,
+    seeds=1,
+    first_seed=TUNING_SEED,
+    widths=(),
+    pairs=(),
 )
 QUICK = replace(
     FULL,
     seeds=1,
     widths=(),
     pairs=(),
-    sft_iters=7000,
-    prompts=1024,
-    groups=8,
-    steps=80,
+    sft_iters=1500,
+    prompts=800,
+    steps=100,
     evals=2,
-    rm_iters=120,
+    rm_iters=250,
     judged=(32, 16),
     pool=512,
 )
@@ -158,7 +157,8 @@ class Piece:
 
 
 # fields that say which pieces there are; the others say how each is made
-WHICH = ("betas", "methods", "seeds", "widths", "pairs", "efficiency", "efficiency_rewards")
+WHICH = ("betas", "methods", "seeds", "first_seed", "rates", "widths")
+WHICH += ("pairs", "efficiency", "efficiency_rewards")
 
 
 def plan(matrix: Matrix) -> dict[str, Piece]:
@@ -178,9 +178,12 @@ def plan(matrix: Matrix) -> dict[str, Piece]:
         needs = dict.fromkeys((labels, judge, rm)) if rm else (labels,)
         suffix = f"-n{spec['n_pairs']}" if spec["n_pairs"] else ""
         name = labels.replace("labels", "policy") + f"-{label}{suffix}"
-        add(name, "policy", needs, method=method, beta=beta, labels=labels, rm=rm, **spec)
+        spec |= {"method": method, "beta": beta, "labels": labels, "rm": rm}
+        for rate in matrix.rates or (LEARNING_RATE[method],):
+            own = f"{name}-r{rate:g}" if matrix.rates else name
+            add(own, "policy", needs, rate=rate, **spec)
 
-    for seed in range(matrix.seeds):
+    for seed in range(matrix.first_seed, matrix.first_seed + matrix.seeds):
         for width in (matrix.n_embd, *matrix.widths):
             size = {"seed": seed, "n_embd": width}
             sft = add(f"sft-s{seed}-w{width}", "sft", **size)
@@ -194,14 +197,17 @@ def plan(matrix: Matrix) -> dict[str, Piece]:
                         for beta in betas:
                             policy(labels, None, method, beta, **base, n_pairs=None)
                     continue
-                rm = add(f"rm-{reward}-s{seed}", "rm", (labels,), **base, n_pairs=None)
+                rm = f"rm-{reward}-s{seed}"
+                judge = {**base, "n_pairs": None}
+                add(rm, "rm", (labels,), **judge, rate=LEARNING_RATE["rm"])
                 limits = f"limits-{reward}-s{seed}-w{width}"
                 add(limits, "limits", (labels, rm), **base, rm=rm)
                 for method in matrix.methods:
                     for beta in betas:
                         policy(labels, rm, method, beta, **base, n_pairs=None)
                 for n in matrix.pairs if reward in matrix.efficiency_rewards else ():
-                    few = add(f"rm-{reward}-s{seed}-n{n}", "rm", (labels,), **base, n_pairs=n)
+                    some = {**base, "n_pairs": n, "rate": LEARNING_RATE["rm"]}
+                    few = add(f"rm-{reward}-s{seed}-n{n}", "rm", (labels,), **some)
                     for method in matrix.efficiency:
                         for beta in betas:
                             policy(labels, few, method, beta, **base, n_pairs=n)
@@ -296,7 +302,8 @@ def run(out: Path, matrix: Matrix, jobs: int, only_report: bool = False) -> dict
     pieces = plan(matrix)
     if not only_report:
         run_pieces(out, pieces, jobs)
-    return frontier_report.report(out, matrix, pieces)
+    tell = frontier_report.tuning if matrix.rates else frontier_report.report
+    return tell(out, matrix, pieces)
 
 
 class Parser(argparse.ArgumentParser):
@@ -314,7 +321,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--quick", action="store_true", help="one seed, three betas, minutes")
-    parser.add_argument("--out", type=Path, help="folder (out/frontier; -quick, -corpus)")
+    parser.add_argument("--tune", action="store_true", help="each method at each of RATES")
+    parser.add_argument("--out", type=Path, help="folder (out/frontier; -quick, -tune, -corpus)")
     parser.add_argument("--seeds", type=int, help="number of seeds (3; --quick: 1)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--rewards", nargs="+", metavar="NAME", help="sentiment, conviction")
@@ -326,6 +334,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
+    if args.tune and (args.quick or args.corpus):
+        parser.error("--tune goes with neither --quick nor --corpus")
     if bool(args.corpus) != bool(args.lexicon):
         parser.error("give --corpus and --lexicon together")
     for path in filter(None, (args.corpus, args.lexicon)):
@@ -340,7 +350,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def settings(args: argparse.Namespace) -> tuple[Path, Matrix]:
     """The folder and the matrix that the flags ask for."""
-    matrix, name = QUICK if args.quick else FULL, "frontier"
+    matrix, name = TUNE if args.tune else QUICK if args.quick else FULL, "frontier"
     if args.corpus:
         from experiments import frontier_corpus
 
@@ -353,7 +363,7 @@ def settings(args: argparse.Namespace) -> tuple[Path, Matrix]:
     if args.rewards:
         chosen = tuple((name, betas) for name, betas in matrix.betas if name in args.rewards)
         matrix = replace(matrix, betas=chosen)
-    return args.out or Path("out") / (name + "-quick" * args.quick), matrix
+    return args.out or Path("out") / (name + "-tune" * args.tune + "-quick" * args.quick), matrix
 
 
 def main(argv: list[str] | None = None) -> int:

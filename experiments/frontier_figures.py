@@ -13,14 +13,14 @@ from experiments.toy import mean_se
 from experiments.toy_figures import GREY, INK, finish, pyplot
 
 COLORS = {"exo": "#d1495b", "dpo": "#2e6f9e", "ppo": "#3f8f5b", "best": "#c28a1c", "optimum": INK}
-SOURCES = {"pref": "^", "0.12": "v", "rw": "o", "oracle": "s", "online": "D", "n": "x", "ppo": "P"}
+SOURCES = {"pref": "^", "rw": "o", "oracle": "s", "online": "D", "n": "x", "ppo": "P"}
 DENSITY = ("exo-rw-oracle", "dpo-rw-oracle", "exo-pref", "dpo-pref")
 FARTHEST = 8.0  # KL that figures show
 PANELS = {  # of the frontier, by what methods learn from
-    "labelled pairs": ("exo-pref", "exo-pref-0.12", "dpo-pref"),
+    "labelled pairs": ("exo-pref", "dpo-pref"),
     "the reward model": ("exo-rw", "dpo-rw", "best-of-n"),
     "the reward model, on their own draws": ("exo-online", "dpo-online", "ppo"),
-    "the oracle": ("exo-rw-oracle", "dpo-rw-oracle", "exo-online-oracle", "best-of-n-oracle"),
+    "the oracle": ("exo-rw-oracle", "dpo-rw-oracle", "best-of-n-oracle"),
 }
 
 
@@ -31,7 +31,7 @@ def color(method: str) -> str:
 def style(method: str) -> dict:
     name = method.removesuffix("-oracle") if "online" in method else method
     marker = SOURCES[name.split("-")[-1]]
-    line = "--" if method.endswith("0.12") or "online" in method else "-"
+    line = "--" if "online" in method else "-"
     return {"color": color(method), "marker": marker, "ls": line, "ms": 5, "lw": 1.6}
 
 

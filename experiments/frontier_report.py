@@ -28,7 +28,6 @@ from experiments.frontier_measure import at_kl
 from experiments.toy import mean_se
 from train import write_json
 
-RIVALS = {"exo-pref-0.12": "dpo-pref"}  # else the one of the same name
 QUANTITIES = {  # columns of the table
     "oracle": "oracle reward",
     "win_oracle_sft": "beats sft: oracle",
@@ -120,7 +119,7 @@ def matched_rows(done: dict, matrix: Matrix) -> list[dict]:
         if not entry:
             continue
         if method.startswith("exo"):
-            rival = RIVALS.get(method, "dpo" + method.removeprefix("exo"))
+            rival = "dpo" + method.removeprefix("exo")
             ours, theirs = (matched(done, m, "oracle", kl, seeds, **where) for m in (method, rival))
             leads = [ours[s] - theirs[s] for s in sorted(ours.keys() & theirs.keys())]
             if leads:
@@ -220,6 +219,35 @@ def text_samples(done: dict, matrix: Matrix) -> str:
                 text = f"{row['prompt']}**{row['completion']}**".replace("\n", " ")
                 lines.append(f"- {method}, {row['which']} ({rates}): {text}")
     return "\n".join(lines) + "\n"
+
+
+def tuning(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
+    """What each method reaches at each learning rate: the share of what the optimum gains over sft
+    in oracle reward - beta KL."""
+    found, rows = {}, []
+    for name, piece in pieces.items():
+        result, spec = load_piece(out, name), piece.spec
+        if result is None:
+            continue
+        where = {k: spec[k] for k in ("reward", "rate", "beta") if k in spec}
+        if piece.make == "limits":
+            found[spec["reward"]] = result
+        elif piece.make == "policy":
+            limits, row, beta = found[spec["reward"]], result["path"][-1], spec["beta"]
+            (best,) = only(limits["optimum"], beta=beta)
+            start = limits["best_of_n"][0]["oracle"]
+            gain, most = (x["oracle"] - beta * x["kl"] - start for x in (row, best))
+            kept = {k: row[k] for k in ("oracle", "kl", "producible") if k in row}
+            rows.append({"method": spec["method"], **where, "score": gain / most, **kept})
+    chosen = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = only(rows, method=method)
+        score = {r: mean_se([x["score"] for x in only(own, rate=r)])[0] for r in matrix.rates}
+        chosen[method] = max(score, key=score.get)
+        print(f"{method:18}", *(f"{r:g}: {x:+.3f} " for r, x in score.items()), chosen[method])
+    done = {"settings": asdict(matrix), "rows": rows, "chosen": chosen}
+    write_json(out / "tuning.json", done)
+    return done
 
 
 def report(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:

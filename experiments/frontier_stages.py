@@ -13,6 +13,7 @@ in OUT/runs/NAME, arrays in .npz beside them. A stage that was stopped goes on f
 
 import contextlib
 import json
+import math
 import random
 from pathlib import Path
 
@@ -25,10 +26,10 @@ from experiments import frontier_measure as measure
 from experiments import reviews
 from experiments.frontier import (
     BEST_OF,
-    LEARNING_RATE,
     METHODS,
     OPTIMUM_BETAS,
     REWARDS,
+    SMOOTHING,
 )
 from experiments.frontier_corpus import corpus_rows
 
@@ -85,10 +86,11 @@ def make_sft(out: Path, name: str, spec: dict) -> dict:
     write_rows(folder / "sft.jsonl", rows[:-HELD_OUT])
     write_rows(folder / "held_out.jsonl", held)
     model = [x for k in ("n_layer", "n_head", "n_embd", "block_size") for x in (f"--{k}", spec[k])]
-    iters = spec["sft_iters"]
+    iters, rate = spec["sft_iters"], spec["sft_rate"] * (48 / spec["n_embd"]) ** 0.5
     argv = ["sft", "--data", folder / "sft.jsonl", "--eval_data", folder / "held_out.jsonl"]
     argv += ["--encoding", spec["encoding"], *model, "--max_iters", iters, "--seed", seed]
-    argv += ["--batch_size", spec["sft_batch"], "--learning_rate", spec["sft_rate"]]
+    argv += ["--batch_size", spec["sft_batch"], "--learning_rate", rate]
+    argv += ["--init_std", spec["n_embd"] ** -0.5]
     stage(folder, [*argv, "--eval_interval", max(1, iters // 4)])
 
     gpt, ckpt = train.load_gpt(folder)
@@ -168,9 +170,11 @@ def make_rm(out: Path, name: str, spec: dict) -> dict:
     pairs = read_rows(labels / "train-pairs.jsonl")[: spec["n_pairs"]]
     write_rows(folder / "pairs.jsonl", pairs)
     argv = ["reward", "--data", folder / "pairs.jsonl", "--init", out / "runs" / spec["sft"]]
-    argv += ["--eval_data", labels / "judge-pairs.jsonl", "--max_iters", spec["rm_iters"]]
-    argv += ["--batch_size", 4 * spec["groups"], "--learning_rate", LEARNING_RATE["rm"]]
-    stage(folder, [*argv, "--eval_interval", spec["rm_iters"], "--seed", spec["seed"]])
+    size = 4 * spec["groups"]
+    iters = max(1, min(spec["rm_iters"], 8 * len(pairs) // size))
+    argv += ["--eval_data", labels / "judge-pairs.jsonl", "--max_iters", iters]
+    argv += ["--batch_size", size, "--learning_rate", spec["rate"]]
+    stage(folder, [*argv, "--eval_interval", iters, "--seed", spec["seed"]])
     reward, arrays = train.load_reward(str(folder), CPU), {}
     held = np.load(labels / "rewards.npz")
     for what in ("train", "judge", "pool"):
@@ -275,26 +279,26 @@ def make_limits(out: Path, name: str, spec: dict) -> dict:
 
 def policy_argv(out: Path, spec: dict) -> list:
     """The command line of a method at one beta."""
-    loss, source, smoothing = METHODS[spec["method"]]
+    loss, source = METHODS[spec["method"]]
     labels, sft, beta = out / "runs" / spec["labels"], out / "runs" / spec["sft"], spec["beta"]
-    rate = LEARNING_RATE["ppo" if loss == "ppo" else source]
     every = max(1, spec["steps"] // spec["evals"])
-    argv = [loss, "--init", sft, "--max_iters", spec["steps"], "--learning_rate", rate]
+    argv = [loss, "--init", sft, "--max_iters", spec["steps"], "--learning_rate", spec["rate"]]
     argv += ["--eval_interval", every, "--kl_samples", 0, "--seed", spec["seed"]]
     size = spec["groups"] * spec["K"]
     if source == "pairs":
         data = labels / "train-pairs.jsonl"
         if spec["n_pairs"]:
             data = out / "runs" / spec["rm"] / "pairs.jsonl"
-        argv += ["--data", data, "--batch_size", size // 2, "--beta_pi", beta]
-        return [*argv, "--label_smoothing", smoothing]
+        if loss == "exo":
+            beta *= math.log((1 - SMOOTHING) / SMOOTHING) / 2
+            argv += ["--label_smoothing", SMOOTHING]
+        return [*argv, "--data", data, "--batch_size", size // 2, "--beta_pi", beta]
     argv += ["--batch_size", spec["groups"]]
     if source in ("model", "oracle"):
         data = labels / "oracle.jsonl" if source == "oracle" else out / "runs" / spec["rm"]
         data = data if source == "oracle" else data / "model.jsonl"
         return [*argv, "--data", data, "--beta_pi", 1.0, "--beta_r", beta]
-    reward = REWARDS[spec["reward"]] if source == "own-oracle" else out / "runs" / spec["rm"]
-    argv += ["--data", labels / "prompts.jsonl", "--reward", reward]
+    argv += ["--data", labels / "prompts.jsonl", "--reward", out / "runs" / spec["rm"]]
     argv += ["--K", spec["K"], "--max_new_tokens", spec["new"]]
     if loss == "ppo":
         return [*argv, "--kl_coef", beta]

@@ -4,7 +4,7 @@ The text world: restaurant reviews from a grammar so small that its posterior is
 A reviewer is happy or unhappy, with equal odds, and writes clause after clause:
 
     On Friday the noodles were rather tasty                        the prompt: a first impression
-    , but they were greasy. Also, the cook was slow, and she       the completion must agree with
+    . Hmm, they were greasy. Also, the cook was slow, and she      the completion must agree with
     always shouts. In the end I would hardly order them again.     it, and with itself, in number
 
 The grammar is one list of slots, REVIEW. A slot looks at the state (what later words must agree
@@ -17,8 +17,8 @@ over all walks that spell it, so that generator and oracle cannot drift apart. T
 sum over: whether a clause praises or blames is a hidden choice, and a word with lean 0 ("filling")
 does not tell.
 
-    sentiment    log P(happy | text) - log P(unhappy | text): the log-odds, within ±9, sd 2.6
-    conviction   its absolute value: a rave or a pan; a quarter of the reviews is lukewarm, below 1
+    sentiment    log P(happy | text) - log P(unhappy | text): the log-odds, within ±12, sd 5.6
+    conviction   its absolute value: a rave or a pan; one review in fifteen is lukewarm, below 1
 
 The prompt says little (at most ±0.5), so from every prompt a rave and a pan are both in reach.
 
@@ -29,9 +29,9 @@ would soon drop the grammar for more of them. Here no broken text can outscore a
 
 Simplifications: a reviewer remembers only the state, and so may call burnt fries superb; the order
 of the clauses is fixed, and no review is longer than 40 words, or 48 tokens. "but" means no more
-than "and", and nothing is negated: where polarity is a parity (of "but", "not" and the adjective),
-small models stay on a plateau for thousands of steps, and then the world measures who left it. (With
-a factor below 0 in DEGREE the grammar allows negation.)
+than "and", nothing is negated, and all pronouns follow from "was" or "were": where polarity is a
+parity (of "but", "not", the adjective) or a gender is learned word by word, some small models stay
+on a plateau for thousands of steps, and the world would measure who left it.
 """
 
 import functools
@@ -43,7 +43,7 @@ from typing import NamedTuple
 
 import tiktoken
 
-UNPRODUCIBLE = {"sentiment": -10.0, "conviction": -1.0}  # at least a nat below any real review
+UNPRODUCIBLE = {"sentiment": -13.0, "conviction": -1.0}  # at least a nat below any real review
 
 # ------------------------------------------------------------------------------
 # The lexicon: who is talked about (with its pronoun), and how (with its lean in nats)
@@ -62,7 +62,7 @@ def graded(line: str, leans=(1.6, 1.1, 0.7, 0.3, 0.0, -0.3, -0.7, -1.1, -1.6)) -
 DISHES = nouns(
     it="soup curry salad pizza omelette", they="noodles dumplings pancakes mussels fries"
 )
-STAFF = nouns(he="waiter barman", she="waitress cook", they="owners helpers")
+STAFF = nouns(she="cook waitress hostess", they="owners helpers waiters")
 ROOM = nouns(it="room music garden", they="tables lights chairs")
 
 TASTE = graded("superb delicious tasty decent spicy plain bland stale inedible")
@@ -70,6 +70,7 @@ PLATE = graded("perfect fresh generous warm filling lukewarm small greasy burnt"
 MANNER = graded("wonderful kind polite calm chatty distant slow rude hostile")
 LOOK = graded("gorgeous charming clean neat simple faded shabby dirty dreadful")
 HABIT = graded("smile help joke sing yawn frown shout", (1.1, 0.7, 0.3, 0.0, -0.3, -0.7, -1.1))
+MOOD = graded("Wow Nice Well Hmm Ugh", (2.0, 1.0, 0.0, -1.0, -2.0))
 VERDICT = graded(
     "gladly surely perhaps reluctantly hardly never", (1.6, 1.1, 0.3, -0.3, -1.1, -1.6)
 )
@@ -89,7 +90,7 @@ class State(NamedTuple):
     """What later words must agree with."""
 
     dish: str = ""  # the pronoun of the first subject: it, they
-    subject: str = ""  # the pronoun of the latest subject: it, they, he, she
+    subject: str = ""  # the pronoun of the latest subject: it, they, she
     polarity: int = 0  # of the clause: +1 praises, -1 blames (hidden, see above)
     factor: float = 1.0  # of the latest word of DEGREE or OFTEN
 
@@ -130,6 +131,11 @@ def impression(lean: float) -> Slot:
     return lambda state: [Choice("", state._replace(polarity=p), lean=p * lean) for p in (1, -1)]
 
 
+def sigh(table: dict[str, float]) -> Slot:
+    """A mood in a word: the strongest evidence of all, and the first that a completion gives."""
+    return lambda state: [Choice(f". {w},", state, lean=lean) for w, lean in table.items()]
+
+
 def degree(table: dict[str, tuple[float, float]]) -> Slot:
     """How strongly the next word is meant."""
     return lambda state: [
@@ -166,22 +172,23 @@ was = agree(lambda state: " were" if state.subject == "they" else " was")
 are = agree(lambda state: " are" if state.subject == "they" else " is")
 pronoun = agree(lambda state: f" {state.subject}")
 them = agree(lambda state: " them" if state.dish == "they" else " it")
-habit = opinion(HABIT, verb=True)
+habit = opinion(HABIT, scale=0.4, verb=True)
 days = one_of(*(f" {d}day" for d in ("Mon", "Tues", "Wednes", "Thurs", "Fri", "Satur", "Sun")))
 
-# A clause's polarity leans by as much as its words do on average, so that a clause's evidence is
-# about that of its words. A first impression has a fifth of it, so that the prompt decides little.
+# The mood tells most, then whether a clause praises or blames, then the word it does it with. A
+# first impression has a tenth of the lean, so that the prompt decides little.
 FIRST = (one_of("On", "Last", "One"), days, subject(DISHES), was)
 FIRST += (impression(0.15), degree(DEGREE), opinion(TASTE, scale=0.2))
+PLATED = (impression(1.6), degree(DEGREE), opinion(PLATE, scale=0.4))
+SERVED = (impression(1.6), degree(DEGREE), opinion(MANNER, scale=0.4))
+LOOKED = (impression(1.6), degree(DEGREE), opinion(LOOK, scale=0.4))
 REVIEW: tuple[Slot, ...] = (
     *FIRST,
-    *(one_of(*JOIN), pronoun, was, impression(0.7), degree(DEGREE), opinion(PLATE)),
-    *(one_of(*JOIN), subject(STAFF), was, impression(0.7), degree(DEGREE), opinion(MANNER)),
-    *maybe(0.6, (one_of(*JOIN), pronoun, impression(0.5), degree(OFTEN), habit)),
-    *maybe(
-        0.6, (one_of(*JOIN), subject(ROOM), are, impression(0.7), degree(DEGREE), opinion(LOOK))
-    ),
-    *(one_of(*CLOSE), one_of(" I would"), impression(1.0), opinion(VERDICT)),
+    *(sigh(MOOD), pronoun, was, *PLATED),
+    *(one_of(*JOIN), subject(STAFF), was, *SERVED),
+    *maybe(0.6, (one_of(*JOIN), pronoun, impression(1.2), degree(OFTEN), habit)),
+    *maybe(0.6, (one_of(*JOIN), subject(ROOM), are, *LOOKED)),
+    *(one_of(*CLOSE), one_of(" I would"), impression(1.6), opinion(VERDICT, scale=0.4)),
     *(one_of(" order", " try", " recommend", " choose"), them, one_of(" again.")),
 )
 
@@ -241,13 +248,13 @@ def log_odds(text: str) -> float | None:
 
 
 def sentiment(prompt: str, completion: str) -> float:
-    """The log-odds that a happy reviewer wrote prompt + completion: within ±9 nats, else -10."""
+    """The log-odds that a happy reviewer wrote prompt + completion: within ±12 nats, else -13."""
     odds = log_odds(prompt + completion)
     return UNPRODUCIBLE["sentiment"] if odds is None else odds
 
 
 def conviction(prompt: str, completion: str) -> float:
-    """How clear prompt + completion is either way: from 0, lukewarm, to 9 nats, else -1."""
+    """How clear prompt + completion is either way: from 0, lukewarm, to 12 nats, else -1."""
     odds = log_odds(prompt + completion)
     return UNPRODUCIBLE["conviction"] if odds is None else abs(odds)
 

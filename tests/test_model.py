@@ -219,6 +219,8 @@ def test_a_fresh_gpt_has_gpt2s_initial_scales_and_depends_on_its_generator_alone
         else:
             std = 0.02 / math.sqrt(2 * 8) if "c_proj" in name else 0.02
             assert abs(p.std().item() / std - 1) < 0.06, name
+            wide = dict(GPT(config, init_std=0.5).named_parameters())[name].std().item()
+            assert abs(wide / (std * (1 if name.startswith("w") else 25)) - 1) < 0.06, name
     assert not torch.equal(gpt.wte.weight, other.wte.weight)
 
 

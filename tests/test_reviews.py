@@ -14,7 +14,7 @@ from experiments import reviews
 # The example of the file's docstring, as one text.
 PROMPT = "On Friday the noodles were rather tasty"
 REST = (
-    ", but they were greasy. Also, the cook was slow, and she always shouts. "
+    ". Hmm, they were greasy. Also, the cook was slow, and she always shouts. "
     "In the end I would hardly order them again."
 )
 SMALL = (  # a grammar of 40-odd texts that uses every kind of slot
@@ -135,12 +135,12 @@ def test_calibration_on_events(drawn, event):
 
 
 def test_rewards_have_the_documented_scale(drawn):
-    """Sentiment has sd 2.6 around 0 within ±9, and a quarter of the reviews are lukewarm."""
+    """Sentiment has sd 5.6 around 0 within ±12, and one review in fifteen is lukewarm."""
     odds = [o for *_, o in drawn]
-    assert abs(sum(odds) / len(odds)) < 0.06
-    assert math.sqrt(sum(o * o for o in odds) / len(odds)) == pytest.approx(2.6, abs=0.06)
-    assert all(abs(o) < 9 for o in odds)
-    assert sum(abs(o) < 1 for o in odds) / len(odds) == pytest.approx(0.25, abs=0.03)
+    assert abs(sum(odds) / len(odds)) < 0.12
+    assert math.sqrt(sum(o * o for o in odds) / len(odds)) == pytest.approx(5.57, abs=0.1)
+    assert all(abs(o) < 12 for o in odds)
+    assert sum(abs(o) < 1 for o in odds) / len(odds) == pytest.approx(0.065, abs=0.01)
 
 
 def test_a_prompt_leaves_both_modes_open():
@@ -154,7 +154,7 @@ def test_a_prompt_leaves_both_modes_open():
 
 
 def unproducible(text):
-    return (reviews.sentiment("", text), reviews.conviction("", text)) == (-10.0, -1.0)
+    return (reviews.sentiment("", text), reviews.conviction("", text)) == (-13.0, -1.0)
 
 
 def test_unproducible_is_below_every_review():
@@ -167,8 +167,8 @@ def test_unproducible_is_below_every_review():
             for choice, happy, unhappy in reviews.arcs(slot, state):
                 there, new = worst[i + choice.jump], odds + math.log(happy / unhappy)
                 there[choice.state] = min(new, there.get(choice.state, new))
-    assert -9 < min(worst[-1].values()) < -8
-    assert reviews.UNPRODUCIBLE["sentiment"] <= -10
+    assert -12 < min(worst[-1].values()) < -11
+    assert reviews.UNPRODUCIBLE["sentiment"] <= -13
     assert reviews.UNPRODUCIBLE["conviction"] <= -1
 
 
@@ -184,10 +184,10 @@ def test_the_example_is_a_review():
     [
         ("noodles were", "noodles was"),  # number, within the clause
         ("they were", "it was"),  # number, from the first clause
-        ("she always", "he always"),  # gender, of another subject
+        ("she always", "they always"),  # number, of another subject
         ("shouts", "shout"),
         ("them again", "it again"),  # number, from the first clause to the last
-        (", but they", ", so they"),
+        (". Hmm, they", ", but they"),
         ("Also, the", "Also the"),
         ("In the end I", "In the end, I"),
         (", and she", ", and it"),
@@ -219,7 +219,7 @@ def test_a_word_left_out_costs_the_reward():
 def test_any_text_has_a_finite_reward(text):
     """Heaps of strong words are no review, and get less than the worst one."""
     assert unproducible(text)
-    assert reviews.sentiment(PROMPT, text) == -10
+    assert reviews.sentiment(PROMPT, text) == -13
 
 
 # ------------------------------------------------------------------------------

@@ -380,6 +380,8 @@ def test_wrong_data_is_named_with_file_and_line(rows, said, files, tmp_path, cap
         (["dpo", "--data", "PAIRS", "--init", "SFT", "--beta_pi", "0"], "above 0, got 0.0"),
         (["dpo", "--data", "PAIRS", "--init", "SFT", "--beta_pi", "nan"], "finite number"),
         (["dpo", "--data", "PAIRS", "--init", "SFT", "--n_embd", "32"], "disagrees with --init"),
+        (["dpo", "--data", "PAIRS", "--init", "SFT", "--init_std", "1"], "a model from scratch"),
+        (["sft", "--data", "PAIRS", "--init_std", "0"], "must be a finite number above 0"),
         (["dpo", "--data", "PAIRS", "--init", "SFT", "--encoding", "gpt2"], "disagrees with"),
         (["dpo", "--data", "PAIRS", "--init", "SFT", "--device", "tpu"], "is not there"),
         (["sft", "--data", "PAIRS", "--n_embd", "10", "--n_head", "3"], "must be divisible by"),
