@@ -129,6 +129,25 @@ def matched_rows(done: dict, matrix: Matrix) -> list[dict]:
     return out
 
 
+def reach_rows(done: dict, matrix: Matrix) -> list[dict]:
+    """The highest mean oracle reward of each method over its betas (or n), and its KL."""
+    out = []
+    for (reward, _), method in itertools.product(matrix.betas, compared(matrix)[1:]):
+        best = method.startswith("best-of-n")
+        rows = only(done["best_of_n" if best else "rows"], reward=reward, method=method)
+        rows = only(rows, n_embd=matrix.n_embd)
+        rows = rows if best else only(rows, last=True, n_pairs=None)
+        ends = []
+        for beta in {row["n" if best else "beta"] for row in rows}:
+            own = only(rows, **{"n" if best else "beta": beta})
+            mean, se = mean_se([row["oracle"] for row in own])
+            ends.append({"oracle": mean, "oracle_se": se, "kl": mean_se([r["kl"] for r in own])[0]})
+        if ends:
+            top = max(ends, key=lambda end: end["oracle"])
+            out.append({"reward": reward, "method": method, **top})
+    return out
+
+
 def efficiency_rows(done: dict, matrix: Matrix) -> list[dict]:
     """Oracle reward at each budget over the number of labelled pairs, seed by seed."""
     out = []
@@ -253,6 +272,7 @@ def tuning(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
 def report(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
     done = collect(out, matrix, pieces)
     done["matched"] = matched_rows(done, matrix)
+    done["reach"] = reach_rows(done, matrix)
     done["efficiency"] = efficiency_rows(done, matrix)
     done["calibration"] = calibration_rows(done, matrix)
     done["calibration_leads"] = calibration_leads(done, matrix)

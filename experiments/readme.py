@@ -6,6 +6,7 @@ The README's tables, made from the result files in assets/, so that they cannot 
 tests/test_readme.py fails while the two disagree.
 """
 
+import functools
 import json
 import statistics
 from pathlib import Path
@@ -115,18 +116,56 @@ def scaling() -> str:
     return markdown(["", *[""] * (width - 1)], [row + [""] * (width - len(row)) for row in out])
 
 
-def frontier(reward: str, budget: float) -> str:
-    """The text world: every method read off its frontier at one KL."""
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # of Student's t, by the number of seeds
+
+
+def text_methods(done: dict) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in done["matched"]))
+
+
+def text_world(reward: str) -> str:
+    """Oracle reward read off each method's frontier at each KL, and the highest that it reached."""
     done, out = read("frontier/results.json"), []
-    columns = ("oracle", "win_oracle_sft", "win_rm_sft", "win_oracle_chosen")
+    rows = {(r["method"], r["kl"]): r for r in done["matched"] if r["reward"] == reward}
+    budgets = sorted({kl for _, kl in rows})
+    ends = {row["method"]: row for row in done["reach"] if row["reward"] == reward}
+    all_seeds = done["settings"]["matrix"]["seeds"]
+    for method in text_methods(done):
+        cells = []
+        for kl in budgets:
+            row = rows.get((method, kl))
+            few = f" ({row['seeds']} of {all_seeds})" if row and row["seeds"] < all_seeds else ""
+            cells.append(f"{row['oracle']:.2f} ± {row['oracle_se']:.2f}{few}" if row else "–")
+        end = ends.get(method)
+        last = f"{end['oracle']:.2f} ± {end['oracle_se']:.2f} at {end['kl']:.1f}" if end else ""
+        out.append([method, *cells, last])
+    return markdown([reward, *(f"KL {kl:g}" for kl in budgets), "highest, at KL"], out)
+
+
+def text_leads(reward: str) -> str:
+    """EXO's lead over DPO in oracle reward at equal KL, paired over seeds: 95 % intervals."""
+    done, out = read("frontier/results.json"), {}
+    rows = [r for r in done["matched"] if r["reward"] == reward and "lead" in r]
+    budgets = sorted({row["kl"] for row in rows})
+    for row in rows:
+        n = row["lead_seeds"]
+        wide = T95.get(n, 0) * row["lead_se"]
+        text = f"{row['lead']:+.2f} ± {wide:.2f}" if n > 1 else f"{row['lead']:+.2f} (1 seed)"
+        out.setdefault(row["method"], {})[row["kl"]] = text
+    table = [[name, *(found.get(kl, "–") for kl in budgets)] for name, found in out.items()]
+    return markdown([f"{reward}: lead over its DPO", *(f"KL {kl:g}" for kl in budgets)], table)
+
+
+def text_wins(reward: str, budget: float) -> str:
+    """Win rates at one KL, by the oracle and by the reward model."""
+    done, out = read("frontier/results.json"), []
+    columns = ("win_oracle_sft", "win_rm_sft", "win_oracle_chosen", "win_rm_chosen")
     for row in done["matched"]:
-        if (row["reward"], row["kl"]) != (reward, budget):
-            continue
-        cells = [f"{row[c]:.2f} ± {row[c + '_se']:.2f}" if c in row else "–" for c in columns]
-        lead = f"{row['lead']:+.2f} ± {row['lead_se']:.2f}" if "lead" in row else ""
-        out.append([row["method"], *cells, lead, str(row["seeds"])])
-    names = ("oracle reward", "beats sft", "beats sft, by model", "beats chosen", "lead over DPO")
-    return markdown([f"{reward}, KL {budget:g}", *names, "seeds"], out)
+        if (row["reward"], row["kl"]) == (reward, budget):
+            cells = (f"{row[c]:.2f} ± {row[c + '_se']:.2f}" if c in row else "–" for c in columns)
+            out.append([row["method"], *cells])
+    names = ("beats sft: oracle", "by model", "beats chosen: oracle", "by model")
+    return markdown([f"{reward}, KL {budget:g}", *names], out)
 
 
 def memory() -> str:
@@ -152,6 +191,11 @@ TABLES = {
     "bench": bench,
     "scaling": scaling,
     "memory": memory,
+    "text sentiment": functools.partial(text_world, "sentiment"),
+    "text conviction": functools.partial(text_world, "conviction"),
+    "leads sentiment": functools.partial(text_leads, "sentiment"),
+    "leads conviction": functools.partial(text_leads, "conviction"),
+    "wins": functools.partial(text_wins, "sentiment", 0.5),
 }
 
 

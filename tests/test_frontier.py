@@ -5,11 +5,13 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import exo
 from data import Builder, Report
 from experiments import frontier, frontier_corpus
 from experiments import frontier_measure as measure
@@ -249,9 +251,67 @@ def test_labels_are_bradley_terry_and_the_first_pairs_come_first():
     assert share == pytest.approx(1 / (1 + math.exp(-1)), abs=0.03)
 
 
+def test_exo_pref_asks_for_bradley_terrys_log_ratio():
+    """Over Bradley-Terry labels of two completions whose rewards differ by d, the expected EXO loss
+    is least at a log-ratio of (2 sigmoid(d) - 1) log((1 - e) / e) / beta_pi: d / beta for small d,
+    never above 2 / beta."""
+    from experiments.frontier_stages import policy_argv
+
+    beta, e = 0.7, frontier.SMOOTHING
+    spec = {"method": "exo-pref", "beta": beta, "labels": "", "sft": "", "n_pairs": None}
+    spec |= {"steps": 2, "evals": 1, "rate": 1e-3, "seed": 0, "groups": 2, "K": 4}
+    argv = policy_argv(Path(), spec)
+    beta_pi = argv[argv.index("--beta_pi") + 1]
+    assert argv[argv.index("--label_smoothing") + 1] == e
+    for d in (0.01, 0.5, 3.0):
+        win = 1 / (1 + math.exp(-d))
+        best = (2 * win - 1) * math.log((1 - e) / e) / beta_pi
+        ratio = torch.tensor([[best, 0.0]], dtype=torch.float64, requires_grad=True)
+        loss = sum(
+            p * exo.exo_loss(x, torch.zeros_like(x), exo.preference_target(e).double(), beta_pi)
+            for p, x in ((win, ratio), (1 - win, ratio.flip(1)))
+        )
+        loss.backward()
+        assert ratio.grad.abs().max() < 1e-6
+        assert best <= 2 / beta
+        assert d > 0.1 or best == pytest.approx(d / beta, rel=1e-3)
+
+
+def test_tuning_takes_the_rate_with_the_largest_share_of_the_optimums_gain(tmp_path):
+    """(J - J of sft) / (J of pi* - J of sft), J = oracle - beta KL, of pieces written by hand."""
+    betas = (("sentiment", (2.0,)), ("conviction", (1.0,)))
+    few = {"betas": betas, "methods": ("dpo-pref",), "widths": (), "pairs": ()}
+    matrix = replace(TINY, **few, rates=(0.1, 0.2), first_seed=7)
+    pieces = frontier.plan(matrix)
+    (tmp_path / "pieces").mkdir()
+    ends = {("sentiment", 0.1): (4.0, 1.0), ("sentiment", 0.2): (6.0, 1.5)}  # oracle, KL
+    ends |= {("conviction", 0.1): (3.0, 1.0), ("conviction", 0.2): (2.0, 1.0)}
+    for name, piece in pieces.items():
+        if piece.make == "limits":
+            beta = dict(betas)[piece.spec["reward"]][0]
+            best = {"optimum": [{"beta": beta, "oracle": 9.0, "kl": 2.0}]}
+            held = {**best, "best_of_n": [{"n": 1, "oracle": 1.0}]}
+        elif piece.make == "policy":
+            oracle, kl = ends[piece.spec["reward"], piece.spec["rate"]]
+            held = {"path": [{"oracle": 0.0, "kl": 0.0}, {"oracle": oracle, "kl": kl}]}
+        else:
+            continue
+        whole = {"key": "", "result": held}
+        (tmp_path / "pieces" / f"{name}.json").write_text(json.dumps(whole))
+    done = report.tuning(tmp_path, matrix, pieces)
+    score = {(row["reward"], row["rate"]): row["score"] for row in done["rows"]}
+    assert score["sentiment", 0.1] == pytest.approx((4 - 2 - 1) / (9 - 4 - 1))
+    assert score["sentiment", 0.2] == pytest.approx((6 - 3 - 1) / (9 - 4 - 1))
+    assert score["conviction", 0.1] == pytest.approx((3 - 1 - 1) / (9 - 2 - 1))
+    assert score["conviction", 0.2] == pytest.approx((2 - 1 - 1) / (9 - 2 - 1))
+    assert done["chosen"] == {"dpo-pref": 0.2}
+    assert json.loads((tmp_path / "tuning.json").read_text())["chosen"] == done["chosen"]
+
+
 @pytest.mark.parametrize(
     "argv",
     [
+        ["--tune", "--quick"],
         ["--seeds", "0"],
         ["--jobs", "none"],
         ["--rewards", "joy"],
