@@ -3,8 +3,9 @@ Real text for the frontier: sentences of a corpus, a vocabulary of its words, a 
 
     python -m experiments.frontier --corpus reviews.jsonl.gz --lexicon vader_lexicon.txt
 
-A row is a sentence or two of one text: the prompt its first words, the completion the rest. The
-vocabulary is the corpus's 1,000 commonest words, all else is spelled in bytes. The reward counts
+A row is a sentence: the prompt its first words, the completion the rest. The vocabulary is the
+corpus's 3,000 commonest words, and only sentences of these are read, since a small model would spell
+the others byte by byte into words that do not exist. The reward counts
 words: with s the sum of their valences in the lexicon, 4 s / sqrt(s^2 + 15), which is the VADER
 score without its rules of grammar, times 4: within ±4, and no word pays much after the fifth.
 
@@ -28,7 +29,7 @@ from data import InputError, read_rows
 from experiments.reviews import PATTERN
 
 CORPUS, LEXICON = "FRONTIER_CORPUS", "FRONTIER_LEXICON"
-WORDS = 1000  # in the vocabulary, beside the 256 bytes
+WORDS = 3000  # in the vocabulary, beside the 256 bytes
 PROMPT, LONGEST = 4, 24  # words
 BETAS = (("lexicon", (2.0, 1.0, 0.5, 0.25)),)
 
@@ -38,7 +39,7 @@ def matrix(size):
     own = {"encoding": "experiments.frontier_corpus:encoding", "block_size": 96, "new": 48}
     betas = tuple((name, betas[: len(size.betas[0][1])]) for name, betas in BETAS)
     own |= {"betas": betas, "widths": (), "pairs": (), "pool": size.pool // 4}
-    own |= {"sft_iters": 3000, "steps": size.steps // 2}
+    own |= {"sft_iters": 1000, "steps": size.steps // 2}
     return replace(size, **own)
 
 
@@ -66,20 +67,30 @@ def sentences(path: str) -> list[tuple[str, str]]:
 
 
 def corpus_rows(n: int, seed: int) -> list[dict[str, str]]:
-    """n different sentences (all, where there are fewer) as {"prompt", "completion"}, shuffled."""
-    rows = sorted(set(sentences(file(CORPUS))))
+    """n different sentences in the vocabulary's words (all, where there are fewer) as {"prompt",
+    "completion"}, shuffled."""
+    words = set(vocabulary())
+    rows = sorted(
+        (prompt, completion)
+        for prompt, completion in set(sentences(file(CORPUS)))
+        if all(len(w) == 1 or w in words for w in re.findall(PATTERN, prompt + completion))
+    )
     random.Random(seed).shuffle(rows)
     return [{"prompt": prompt, "completion": completion} for prompt, completion in rows[:n]]
 
 
-@functools.cache
-def encoding() -> tiktoken.Encoding:
-    """The commonest words of the corpus as one token each, any other text as its UTF-8 bytes."""
+def vocabulary() -> list[str]:
+    """The commonest words of the corpus, each with the space before it, sorted."""
     counts = Counter()
     for prompt, completion in sentences(file(CORPUS)):
         counts.update(re.findall(PATTERN, prompt + completion))
-    words = [w for w, _ in counts.most_common() if len(w.encode()) > 1][:WORDS]
-    pieces = [bytes([i]) for i in range(256)] + [word.encode() for word in sorted(words)]
+    return sorted([w for w, _ in counts.most_common() if len(w.encode()) > 1][:WORDS])
+
+
+@functools.cache
+def encoding() -> tiktoken.Encoding:
+    """The words of the vocabulary as one token each, any other text as its UTF-8 bytes."""
+    pieces = [bytes([i]) for i in range(256)] + [word.encode() for word in vocabulary()]
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
     special = {"<|endoftext|>": len(ranks)}
     return tiktoken.Encoding(
