@@ -4,10 +4,10 @@ Real text for the frontier: sentences of a corpus, a vocabulary of its words, a 
     python -m experiments.frontier --corpus reviews.jsonl.gz --lexicon vader_lexicon.txt
 
 A row is a sentence: the prompt its first words, the completion the rest. The vocabulary is the
-corpus's 3,000 commonest words, and only sentences of these are read, since a small model would spell
-the others byte by byte into words that do not exist. The reward counts
-words: with s the sum of their valences in the lexicon, 4 s / sqrt(s^2 + 15), which is the VADER
-score without its rules of grammar, times 4: within ±4, and no word pays much after the fifth.
+corpus's 3,000 commonest words, and only sentences of these are read, since a small model would
+spell the others byte by byte into words that do not exist. The reward counts words: with s the sum
+of their valences in the lexicon, 4 s / sqrt(s^2 + 15), which is four times the VADER score without
+its rules of grammar: within ±4, and no word pays much after the fifth.
 
 A reward is named module:function, which leaves no room for a file: the two files are found in the
 environment, under CORPUS and LEXICON.
@@ -73,7 +73,7 @@ def corpus_rows(n: int, seed: int) -> list[dict[str, str]]:
     rows = sorted(
         (prompt, completion)
         for prompt, completion in set(sentences(file(CORPUS)))
-        if all(len(w) == 1 or w in words for w in re.findall(PATTERN, prompt + completion))
+        if all(len(w.encode()) == 1 or w in words for w in re.findall(PATTERN, prompt + completion))
     )
     random.Random(seed).shuffle(rows)
     return [{"prompt": prompt, "completion": completion} for prompt, completion in rows[:n]]
