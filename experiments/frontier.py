@@ -31,9 +31,10 @@ Choices and simplifications:
   is Bradley-Terry's d / beta for close pairs, and at most 2 / beta for others. Nobody is compared
   at equal beta, but at equal KL.
 - All read the same number of completions per step, for the same number of steps. Each method has
-  the learning rate that --tune found for it: of RATES, on a seed of its own (data, sft, labels and
-  judged prompts that no other run sees), at the middle beta, the highest share of what the optimum
-  gains in oracle reward - beta KL, mean over the rewards.
+  the learning rate that --tune found for it, on a seed of its own (data, sft, labels and judged
+  prompts that no other run sees) at the middle beta: the one with the highest share of what the
+  optimum gains in oracle reward - beta KL, mean over the rewards. It climbs LADDER, from the rates
+  in RATES on, until the best has a worse one on either side.
 - Each seed has its own data, sft, labels and reward models. Standard errors are over seeds.
 - All policies are judged on the same held-out prompts, with the same uniform numbers.
 """
@@ -63,7 +64,7 @@ class Matrix:
     methods: tuple = ()
     seeds: int = 3
     first_seed: int = 0
-    rates: tuple = ()  # learning rates to try; none: LEARNING_RATE
+    rates: tuple = ()  # ((method, (learning rate, ...)), ...) to try; none: LEARNING_RATE
     widths: tuple = (8, 16)  # of calibration, beside n_embd: exo-rw-oracle and dpo-rw-oracle alone
     pairs: tuple = (128, 1024)  # of sample efficiency, beside all of them
     efficiency: tuple = ("exo-pref", "dpo-pref")
@@ -108,7 +109,8 @@ METHODS = {  # name: (stage, what it learns from)
 SMOOTHING = 1e-3  # exo-pref's; see the top
 CALIBRATION = ("exo-rw-oracle", "dpo-rw-oracle")
 LEARNING_RATE = dict.fromkeys(METHODS, 3e-4) | {"rm": 1e-3}  # by --tune
-RATES = (1e-4, 3e-4, 1e-3)
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+RATES = LADDER[2:5]
 TUNING_SEED = 1000
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 OPTIMUM_BETAS = tuple(2 ** (k / 2) for k in range(8, -7, -1))  # 16 ... 0.125
@@ -122,7 +124,7 @@ FULL = Matrix(
 TUNE = replace(
     FULL,
     betas=tuple((reward, betas[1:2]) for reward, betas in FULL.betas),
-    rates=RATES,
+    rates=tuple((method, RATES) for method in METHODS),
     seeds=1,
     first_seed=TUNING_SEED,
     widths=(),
@@ -179,7 +181,7 @@ def plan(matrix: Matrix) -> dict[str, Piece]:
         suffix = f"-n{spec['n_pairs']}" if spec["n_pairs"] else ""
         name = labels.replace("labels", "policy") + f"-{label}{suffix}"
         spec |= {"method": method, "beta": beta, "labels": labels, "rm": rm}
-        for rate in matrix.rates or (LEARNING_RATE[method],):
+        for rate in dict(matrix.rates).get(method, (LEARNING_RATE[method],)):
             own = f"{name}-r{rate:g}" if matrix.rates else name
             add(own, "policy", needs, rate=rate, **spec)
 
@@ -302,8 +304,17 @@ def run(out: Path, matrix: Matrix, jobs: int, only_report: bool = False) -> dict
     pieces = plan(matrix)
     if not only_report:
         run_pieces(out, pieces, jobs)
-    tell = frontier_report.tuning if matrix.rates else frontier_report.report
-    return tell(out, matrix, pieces)
+    if not matrix.rates:
+        return frontier_report.report(out, matrix, pieces)
+    done, rates = frontier_report.tuning(out, matrix, pieces), dict(matrix.rates)
+    for method, best in done["chosen"].items():
+        for edge, step in ((min, -1), (max, 1)):
+            there = LADDER.index(best) + step
+            if best == edge(rates[method]) and 0 <= there < len(LADDER):
+                rates[method] = tuple(sorted((*rates[method], LADDER[there])))
+    if rates == dict(matrix.rates) or only_report:
+        return done
+    return run(out, replace(matrix, rates=tuple(rates.items())), jobs)
 
 
 class Parser(argparse.ArgumentParser):

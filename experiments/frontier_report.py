@@ -261,7 +261,8 @@ def tuning(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
     chosen = {}
     for method in dict.fromkeys(row["method"] for row in rows):
         own = only(rows, method=method)
-        score = {r: mean_se([x["score"] for x in only(own, rate=r)])[0] for r in matrix.rates}
+        tried = dict(matrix.rates)[method]
+        score = {r: mean_se([x["score"] for x in only(own, rate=r)])[0] for r in tried}
         chosen[method] = max(score, key=score.get)
         print(f"{method:18}", *(f"{r:g}: {x:+.3f} " for r, x in score.items()), chosen[method])
     done = {"settings": asdict(matrix), "rows": rows, "chosen": chosen}

@@ -281,7 +281,7 @@ def test_tuning_takes_the_rate_with_the_largest_share_of_the_optimums_gain(tmp_p
     """(J - J of sft) / (J of pi* - J of sft), J = oracle - beta KL, of pieces written by hand."""
     betas = (("sentiment", (2.0,)), ("conviction", (1.0,)))
     few = {"betas": betas, "methods": ("dpo-pref",), "widths": (), "pairs": ()}
-    matrix = replace(TINY, **few, rates=(0.1, 0.2), first_seed=7)
+    matrix = replace(TINY, **few, rates=(("dpo-pref", (0.1, 0.2)),), first_seed=7)
     pieces = frontier.plan(matrix)
     (tmp_path / "pieces").mkdir()
     ends = {("sentiment", 0.1): (4.0, 1.0), ("sentiment", 0.2): (6.0, 1.5)}  # oracle, KL
@@ -306,6 +306,27 @@ def test_tuning_takes_the_rate_with_the_largest_share_of_the_optimums_gain(tmp_p
     assert score["conviction", 0.2] == pytest.approx((2 - 1 - 1) / (9 - 2 - 1))
     assert done["chosen"] == {"dpo-pref": 0.2}
     assert json.loads((tmp_path / "tuning.json").read_text())["chosen"] == done["chosen"]
+
+
+def test_tuning_goes_on_until_the_best_rate_is_between_two_others(tmp_path, monkeypatch):
+    """From the middle of the ladder to a score that is best at its second rung, and to its end."""
+    from experiments import frontier_report
+
+    few = {"methods": ("dpo-pref", "ppo"), "widths": (), "pairs": ()}
+    start = tuple((method, frontier.RATES) for method in few["methods"])
+    tried = []
+
+    def tuning(out, matrix, pieces):
+        rates = dict(matrix.rates)
+        tried.append(rates)
+        near = min(rates["dpo-pref"], key=lambda rate: abs(math.log(rate / 3e-5)))
+        return {"chosen": {"dpo-pref": near, "ppo": max(rates["ppo"])}}
+
+    monkeypatch.setattr(frontier, "run_pieces", lambda *args: None)
+    monkeypatch.setattr(frontier_report, "tuning", tuning)
+    frontier.run(tmp_path, replace(TINY, **few, rates=start), jobs=1)
+    assert tried[-1]["dpo-pref"] == frontier.LADDER[:5]
+    assert tried[-1]["ppo"] == frontier.LADDER[2:]
 
 
 @pytest.mark.parametrize(
