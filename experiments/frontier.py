@@ -79,7 +79,7 @@ class Matrix:
     sft_rows: int = 20_000
     sft_iters: int = 2000
     sft_batch: int = 32
-    sft_rate: float = 2e-3  # at n_embd 48; a width's is larger by the root of 48 / width
+    sft_rate: float = 2e-3  # at n_embd 48; a width's is 48 / width times as large
     prompts: int = 1920  # training prompts
     K: int = 8  # completions of each
     groups: int = 8  # groups per step: 8 of 8 completions, or 32 pairs

@@ -86,7 +86,7 @@ def make_sft(out: Path, name: str, spec: dict) -> dict:
     write_rows(folder / "sft.jsonl", rows[:-HELD_OUT])
     write_rows(folder / "held_out.jsonl", held)
     model = [x for k in ("n_layer", "n_head", "n_embd", "block_size") for x in (f"--{k}", spec[k])]
-    iters, rate = spec["sft_iters"], spec["sft_rate"] * (48 / spec["n_embd"]) ** 0.5
+    iters, rate = spec["sft_iters"], spec["sft_rate"] * 48 / spec["n_embd"]
     argv = ["sft", "--data", folder / "sft.jsonl", "--eval_data", folder / "held_out.jsonl"]
     argv += ["--encoding", spec["encoding"], *model, "--max_iters", iters, "--seed", seed]
     argv += ["--batch_size", spec["sft_batch"], "--learning_rate", rate]
