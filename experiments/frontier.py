@@ -108,7 +108,18 @@ METHODS = {  # name: (stage, what it learns from)
 }
 SMOOTHING = 1e-3  # exo-pref's; see the top
 CALIBRATION = ("exo-rw-oracle", "dpo-rw-oracle")
-LEARNING_RATE = dict.fromkeys(METHODS, 3e-4) | {"rm": 1e-3}  # by --tune
+LEARNING_RATE = {  # by --tune; the reward model's was not swept
+    "exo-pref": 1e-4,
+    "dpo-pref": 3e-5,
+    "exo-rw": 3e-5,
+    "dpo-rw": 3e-4,
+    "exo-rw-oracle": 3e-5,
+    "dpo-rw-oracle": 3e-5,
+    "exo-online": 3e-3,
+    "dpo-online": 3e-3,
+    "ppo": 3e-4,
+    "rm": 1e-3,
+}
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 RATES = LADDER[2:5]
 TUNING_SEED = 1000
