@@ -369,3 +369,18 @@ def test_real_text(tmp_path, monkeypatch):
     assert frontier_corpus.lexicon("good", " Bad.") == pytest.approx(-10 / math.sqrt(21.25))
     assert frontier_corpus.lexicon("good", " nothing") == 0
     frontier_corpus.encoding.cache_clear()
+
+
+def test_learning_rates_are_those_of_the_committed_tuning():
+    """Chosen by --tune, on a seed that no figure uses, and each with a worse one on either side."""
+    path = Path(__file__).parents[1] / "assets" / "frontier" / "tuning.json"
+    done = json.loads(path.read_text())
+    assert done["chosen"] | {"rm": 1e-3} == frontier.LEARNING_RATE
+    assert done["settings"]["first_seed"] == frontier.TUNING_SEED >= frontier.FULL.seeds
+    for method, best in done["chosen"].items():
+        scores = {}
+        for row in report.only(done["rows"], method=method):
+            scores.setdefault(row["rate"], []).append(row["score"])
+        means = {rate: sum(x) / len(x) for rate, x in scores.items()}
+        assert means[best] == max(means.values())
+        assert min(means) < best < max(means)
