@@ -30,13 +30,18 @@ Choices and simplifications:
   log((1 - e) / e) / beta_pi. With the paper's e = 1e-3 and beta_pi = beta log((1 - e) / e) / 2 that
   is Bradley-Terry's d / beta for close pairs, and at most 2 / beta for others. Nobody is compared
   at equal beta, but at equal KL.
-- All read the same number of completions per step, for the same number of steps. Each method has
-  the learning rate that --tune found for it, on a seed of its own (data, sft, labels and judged
-  prompts that no other run sees) at the middle beta: the one with the highest share of what the
-  optimum gains in oracle reward - beta KL, mean over the rewards. It climbs LADDER, from the rates
-  in RATES on, until the best has a worse one on either side.
+- All read the same number of completions per step, for the same number of steps; ppo passes over
+  its own four times, and so draws a quarter. A reward model's rewards spread less than the
+  oracle's, so that with it the same beta means less pull.
+- EXO and DPO have the same learning rate where they learn from the same, the one that --tune found
+  best for the two together, on a seed of its own (data, sft, labels, judged prompts) at the middle
+  beta: the highest share of what the optimum gains in oracle reward - beta KL, mean over rewards.
+  It tries RATES, and LADDER beyond them while the best is the first or the last. One seed, one
+  beta: differences of a few hundredths there are noise, and small betas would bear larger rates. A
+  narrower model's rate is larger by as much as it is narrower.
 - Each seed has its own data, sft, labels and reward models. Standard errors are over seeds.
-- All policies are judged on the same held-out prompts, with the same uniform numbers.
+- All policies are judged on the first clauses of the same held-out reviews, with the same uniform
+  numbers. Some of these clauses occur in other reviews too.
 """
 
 import argparse
@@ -108,25 +113,21 @@ METHODS = {  # name: (stage, what it learns from)
 }
 SMOOTHING = 1e-3  # exo-pref's; see the top
 CALIBRATION = ("exo-rw-oracle", "dpo-rw-oracle")
-LEARNING_RATE = {  # by --tune; the reward model's was not swept
-    "exo-pref": 1e-4,
-    "dpo-pref": 3e-5,
-    "exo-rw": 3e-5,
-    "dpo-rw": 3e-4,
-    "exo-rw-oracle": 3e-5,
-    "dpo-rw-oracle": 3e-5,
-    "exo-online": 3e-3,
-    "dpo-online": 3e-3,
+LEARNING_RATE = {  # of families, by --tune; the reward model's was not swept
+    "pref": 1e-4,
+    "rw": 3e-5,
+    "rw-oracle": 3e-5,
+    "online": 3e-3,
     "ppo": 3e-4,
     "rm": 1e-3,
 }
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-RATES = LADDER[2:5]
+RATES = LADDER[1:5]
 TUNING_SEED = 1000
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 OPTIMUM_BETAS = tuple(2 ** (k / 2) for k in range(8, -7, -1))  # 16 ... 0.125
 LEAST_ESS = 20  # the optimum's curve ends where fewer completions of the pool carry it
-BUDGETS = (0.25, 0.5, 1.0, 2.0, 3.0)  # KLs at which methods are compared
+BUDGETS = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0)  # KLs at which methods are compared
 
 FULL = Matrix(
     betas=(("sentiment", (8.0, 2.0, 0.5)), ("conviction", (4.0, 1.0, 0.25))),
@@ -174,6 +175,11 @@ WHICH = ("betas", "methods", "seeds", "first_seed", "rates", "widths")
 WHICH += ("pairs", "efficiency", "efficiency_rewards")
 
 
+def family(method: str) -> str:
+    """What EXO and DPO share where they learn from the same: "exo-rw" and "dpo-rw" are "rw"."""
+    return method.removeprefix("exo-").removeprefix("dpo-")
+
+
 def plan(matrix: Matrix) -> dict[str, Piece]:
     """All pieces by name, in an order in which they can be made."""
     how = asdict(matrix)
@@ -192,7 +198,8 @@ def plan(matrix: Matrix) -> dict[str, Piece]:
         suffix = f"-n{spec['n_pairs']}" if spec["n_pairs"] else ""
         name = labels.replace("labels", "policy") + f"-{label}{suffix}"
         spec |= {"method": method, "beta": beta, "labels": labels, "rm": rm}
-        for rate in dict(matrix.rates).get(method, (LEARNING_RATE[method],)):
+        scaled = LEARNING_RATE[family(method)] * matrix.n_embd / spec["n_embd"]
+        for rate in dict(matrix.rates).get(method, (scaled,)):
             own = f"{name}-r{rate:g}" if matrix.rates else name
             add(own, "policy", needs, rate=rate, **spec)
 
@@ -318,7 +325,8 @@ def run(out: Path, matrix: Matrix, jobs: int, only_report: bool = False) -> dict
     if not matrix.rates:
         return frontier_report.report(out, matrix, pieces)
     done, rates = frontier_report.tuning(out, matrix, pieces), dict(matrix.rates)
-    for method, best in done["chosen"].items():
+    for method in matrix.methods:
+        best = done["chosen"][family(method)]
         for edge, step in ((min, -1), (max, 1)):
             there = LADDER.index(best) + step
             if best == edge(rates[method]) and 0 <= there < len(LADDER):

@@ -52,7 +52,9 @@ def mean_curve(rows: list[dict], key: str, quantity: str = "oracle") -> np.ndarr
 
 
 def sft_point(done: dict, quantity: str = "oracle", **where) -> np.ndarray:
-    return mean_curve(only(done["best_of_n"], n=1, **where)[:], "n", quantity)[:1]
+    return mean_curve(
+        only(done["best_of_n"], method="best-of-n-oracle", n=1, **where), "n", quantity
+    )[:1]
 
 
 def method_curve(done: dict, method: str, **where) -> np.ndarray:

@@ -6,7 +6,8 @@ Two limits come from one pool of N completions of sft per prompt, drawn once:
 
     optimum      pi* = sft exp(r / beta) / Z by self-normalised importance sampling, prompt by
                  prompt: w = softmax(r / beta), E[r] = sum w r, KL = E[r] / beta - log mean
-                 exp(r / beta). Its effective sample size, 1 / sum w^2, says how far to trust it.
+                 exp(r / beta). Its effective sample size, 1 / mean of sum w^2, says how
+                 far to trust it.
     best-of-n    the mean over all n-subsets of the pool: the j-th lowest of N is the best of
                  C(j-1, n-1) of C(N, n) subsets. Unbiased for any n <= N. Its KL is at most
                  log n - (n - 1) / n, with equality where no two completions tie.
@@ -120,7 +121,7 @@ def optimum(reward: np.ndarray, beta: float, values: dict[str, np.ndarray]) -> d
     w = torch.softmax(logits, 1).numpy()
     kl = (w * reward).sum(1) / beta - log_z.numpy()
     out = {name: float((w * v).sum(1).mean()) for name, v in values.items()}
-    return out | {"kl": float(kl.mean()), "ess": float((1 / (w**2).sum(1)).mean())}
+    return out | {"kl": float(kl.mean()), "ess": float(1 / (w**2).sum(1).mean())}
 
 
 def best_weights(N: int, n: int) -> np.ndarray:

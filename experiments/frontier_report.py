@@ -22,6 +22,7 @@ from experiments.frontier import (
     LEAST_ESS,
     Matrix,
     Piece,
+    family,
     load_piece,
 )
 from experiments.frontier_measure import at_kl
@@ -115,7 +116,7 @@ def matched_rows(done: dict, matrix: Matrix) -> list[dict]:
             values = matched(done, method, quantity, kl, seeds, **where)
             if values:
                 entry[quantity], entry[f"{quantity}_se"] = mean_se(list(values.values()))
-                entry["seeds"] = len(values)
+                entry.setdefault("seeds", len(values))  # the oracle's, which comes first
         if not entry:
             continue
         if method.startswith("exo"):
@@ -259,12 +260,12 @@ def tuning(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
             kept = {k: row[k] for k in ("oracle", "kl", "producible") if k in row}
             rows.append({"method": spec["method"], **where, "score": gain / most, **kept})
     chosen = {}
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = only(rows, method=method)
-        tried = dict(matrix.rates)[method]
+    for name in dict.fromkeys(family(row["method"]) for row in rows):
+        own = [row for row in rows if family(row["method"]) == name]
+        tried = dict.fromkeys(row["rate"] for row in sorted(own, key=lambda row: row["rate"]))
         score = {r: mean_se([x["score"] for x in only(own, rate=r)])[0] for r in tried}
-        chosen[method] = max(score, key=score.get)
-        print(f"{method:18}", *(f"{r:g}: {x:+.3f} " for r, x in score.items()), chosen[method])
+        chosen[name] = max(score, key=score.get)
+        print(f"{name:10}", *(f"{r:g}: {x:+.3f} " for r, x in score.items()), chosen[name])
     done = {"settings": asdict(matrix), "rows": rows, "chosen": chosen}
     write_json(out / "tuning.json", done)
     return done

@@ -149,8 +149,8 @@ def text_leads(reward: str) -> str:
     budgets = sorted({row["kl"] for row in rows})
     for row in rows:
         n = row["lead_seeds"]
-        wide = T95.get(n, 0) * row["lead_se"]
-        text = f"{row['lead']:+.2f} ± {wide:.2f}" if n > 1 else f"{row['lead']:+.2f} (1 seed)"
+        text = f"{row['lead']:+.2f} ± {T95[n] * row['lead_se']:.2f}" if n > 1 else "one seed"
+        text += f" ({n} seeds)" if 1 < n < done["settings"]["matrix"]["seeds"] else ""
         out.setdefault(row["method"], {})[row["kl"]] = text
     table = [[name, *(found.get(kl, "–") for kl in budgets)] for name, found in out.items()]
     return markdown([f"{reward}: lead over its DPO", *(f"KL {kl:g}" for kl in budgets)], table)

@@ -304,12 +304,12 @@ def test_tuning_takes_the_rate_with_the_largest_share_of_the_optimums_gain(tmp_p
     assert score["sentiment", 0.2] == pytest.approx((6 - 3 - 1) / (9 - 4 - 1))
     assert score["conviction", 0.1] == pytest.approx((3 - 1 - 1) / (9 - 2 - 1))
     assert score["conviction", 0.2] == pytest.approx((2 - 1 - 1) / (9 - 2 - 1))
-    assert done["chosen"] == {"dpo-pref": 0.2}
+    assert done["chosen"] == {"pref": 0.2}
     assert json.loads((tmp_path / "tuning.json").read_text())["chosen"] == done["chosen"]
 
 
 def test_tuning_goes_on_until_the_best_rate_is_between_two_others(tmp_path, monkeypatch):
-    """From the middle of the ladder to a score that is best at its second rung, and to its end."""
+    """Down to the first rung, beside a score that is best at the second; and up to the last."""
     from experiments import frontier_report
 
     few = {"methods": ("dpo-pref", "ppo"), "widths": (), "pairs": ()}
@@ -319,14 +319,14 @@ def test_tuning_goes_on_until_the_best_rate_is_between_two_others(tmp_path, monk
     def tuning(out, matrix, pieces):
         rates = dict(matrix.rates)
         tried.append(rates)
-        near = min(rates["dpo-pref"], key=lambda rate: abs(math.log(rate / 3e-5)))
-        return {"chosen": {"dpo-pref": near, "ppo": max(rates["ppo"])}}
+        near = min(rates["dpo-pref"], key=lambda rate: abs(math.log(rate / 2e-5)))
+        return {"chosen": {"pref": near, "ppo": max(rates["ppo"])}}
 
     monkeypatch.setattr(frontier, "run_pieces", lambda *args: None)
     monkeypatch.setattr(frontier_report, "tuning", tuning)
     frontier.run(tmp_path, replace(TINY, **few, rates=start), jobs=1)
     assert tried[-1]["dpo-pref"] == frontier.LADDER[:5]
-    assert tried[-1]["ppo"] == frontier.LADDER[2:]
+    assert tried[-1]["ppo"] == frontier.LADDER[1:]
 
 
 @pytest.mark.parametrize(
@@ -377,10 +377,11 @@ def test_learning_rates_are_those_of_the_committed_tuning():
     done = json.loads(path.read_text())
     assert done["chosen"] | {"rm": 1e-3} == frontier.LEARNING_RATE
     assert done["settings"]["first_seed"] == frontier.TUNING_SEED >= frontier.FULL.seeds
-    for method, best in done["chosen"].items():
+    for name, best in done["chosen"].items():
         scores = {}
-        for row in report.only(done["rows"], method=method):
-            scores.setdefault(row["rate"], []).append(row["score"])
+        for row in done["rows"]:
+            if frontier.family(row["method"]) == name:
+                scores.setdefault(row["rate"], []).append(row["score"])
         means = {rate: sum(x) / len(x) for rate, x in scores.items()}
         assert means[best] == max(means.values())
         assert min(means) < best < max(means)
