@@ -198,7 +198,7 @@ def plan(matrix: Matrix) -> dict[str, Piece]:
         suffix = f"-n{spec['n_pairs']}" if spec["n_pairs"] else ""
         name = labels.replace("labels", "policy") + f"-{label}{suffix}"
         spec |= {"method": method, "beta": beta, "labels": labels, "rm": rm}
-        scaled = LEARNING_RATE[family(method)] * matrix.n_embd / spec["n_embd"]
+        scaled = LEARNING_RATE[family(method)] * (matrix.n_embd / spec["n_embd"])
         for rate in dict(matrix.rates).get(method, (scaled,)):
             own = f"{name}-r{rate:g}" if matrix.rates else name
             add(own, "policy", needs, rate=rate, **spec)

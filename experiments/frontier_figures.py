@@ -169,9 +169,8 @@ def mean_path(done: dict, rows: list[dict], **where) -> np.ndarray:
 def draw_density(plt, done: dict, matrix, reward: str, path: Path) -> None:
     """log π/sft against log π*/sft of completions of one prompt, each a dot; medians in bins."""
     rows = only(done["density"], reward=reward, n_embd=matrix.n_embd)
-    betas = sorted({row["beta"] for row in rows})
-    beta = betas[len(betas) // 2]
-    rows = {row["method"]: row for row in only(rows, beta=beta)}
+    beta = rows[0]["beta"]
+    rows = {row["method"]: row for row in rows}
     methods = [m for m in DENSITY if m in rows]
     width = 3.6 * len(methods)
     figure, axes = plt.subplots(
@@ -218,7 +217,7 @@ def draw_efficiency(plt, done: dict, matrix, path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xlabel("labelled pairs")
         axis.set_ylabel(f"oracle reward: {reward}, at KL {kl:g}")
-        axis.legend(fontsize=9.5)
+        axis.legend(fontsize=9.5, loc="center right")
     finish(plt, figure, path)
 
 

@@ -60,7 +60,8 @@ def collect(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
             who |= {k: spec[k] for k in ("method", "beta", "n_pairs", "K")}
             last = result["path"][-1]["step"]
             found["rows"] += [{**who, **row, "last": row["step"] == last} for row in result["path"]]
-            if result.get("density"):
+            betas = dict(matrix.betas)[spec["reward"]]
+            if result.get("density") and spec["beta"] == betas[len(betas) // 2]:
                 kl = result["path"][-1]["kl"]
                 found["density"].append({**who, "kl": kl, **result["density"]})
             if spec["seed"] == 0 and spec["n_pairs"] is None and spec["n_embd"] == matrix.n_embd:
