@@ -38,7 +38,7 @@ Choices and simplifications:
   beta: the highest share of what the optimum gains in oracle reward - beta KL, mean over rewards.
   It tries RATES, and LADDER beyond them while the best is the first or the last. One seed, one
   beta: differences of a few hundredths there are noise, and small betas would bear larger rates. A
-  narrower model's rate is larger by as much as it is narrower.
+  narrower model's rate is larger by as much as it is narrower. QUICK and real text take the same.
 - Each seed has its own data, sft, labels and reward models. Standard errors are over seeds.
 - All policies are judged on the first clauses of the same held-out reviews, with the same uniform
   numbers. Some of these clauses occur in other reviews too.
@@ -49,6 +49,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -75,6 +76,7 @@ class Matrix:
     efficiency: tuple = ("exo-pref", "dpo-pref")
     efficiency_rewards: tuple = ("sentiment",)
     # how
+    source: str = ""  # of real text: a hash of its files
     encoding: str = "experiments.reviews:encoding"
     n_embd: int = 48
     n_layer: int = 2
@@ -185,6 +187,8 @@ def plan(matrix: Matrix) -> dict[str, Piece]:
     how = asdict(matrix)
     for name in WHICH:
         del how[name]
+    if not matrix.source:
+        del how["source"]
     pieces: dict[str, Piece] = {}
 
     def add(name: str, make: str, needs: tuple = (), **spec) -> str:
@@ -263,7 +267,12 @@ def work(out: Path, piece: Piece, key: str) -> str:
     torch.set_num_threads(1)  # the sums, and so the last bits, would depend on it
     for folder in ("pieces", "logs", "runs"):
         make_folder(out / folder)
-    log = out / "logs" / f"{piece.name}.txt"
+    folder, log = out / "runs" / piece.name, out / "logs" / f"{piece.name}.txt"
+    mark = folder / "key"  # a stopped stage goes on only from what was made with these settings
+    if folder.exists() and (not mark.exists() or mark.read_text(encoding="utf-8") != key):
+        shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    mark.write_text(key, encoding="utf-8")
     with (
         open(log, "w", encoding="utf-8") as file,
         contextlib.redirect_stdout(file),

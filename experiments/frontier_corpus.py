@@ -14,6 +14,7 @@ environment, under CORPUS and LEXICON.
 """
 
 import functools
+import hashlib
 import html
 import math
 import os
@@ -31,14 +32,22 @@ from experiments.reviews import PATTERN
 CORPUS, LEXICON = "FRONTIER_CORPUS", "FRONTIER_LEXICON"
 WORDS = 3000  # in the vocabulary, beside the 256 bytes
 PROMPT, LONGEST = 4, 24  # words
-BETAS = (("lexicon", (2.0, 1.0, 0.5, 0.25)),)
+BETAS = (("lexicon", (2.0, 1.0, 0.5)),)
 
 
 def matrix(size):
     """The same matrix for real text: one reward, longer texts, no sweep of widths or labels."""
     own = {"encoding": "experiments.frontier_corpus:encoding", "block_size": 96, "new": 48}
-    betas = tuple((name, betas[: len(size.betas[0][1])]) for name, betas in BETAS)
-    own |= {"betas": betas, "widths": (), "pairs": (), "pool": size.pool // 4}
+    digest = hashlib.sha256()
+    for name in (CORPUS, LEXICON):
+        digest.update(Path(file(name)).read_bytes())
+    own |= {
+        "source": digest.hexdigest()[:16],
+        "betas": BETAS,
+        "widths": (),
+        "pairs": (),
+        "pool": size.pool // 4,
+    }
     own |= {"sft_iters": 1000, "steps": size.steps // 2}
     return replace(size, **own)
 

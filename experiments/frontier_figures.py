@@ -29,8 +29,7 @@ def color(method: str) -> str:
 
 
 def style(method: str) -> dict:
-    name = method.removesuffix("-oracle") if "online" in method else method
-    marker = SOURCES[name.split("-")[-1]]
+    marker = SOURCES[method.split("-")[-1]]
     line = "--" if "online" in method else "-"
     return {"color": color(method), "marker": marker, "ls": line, "ms": 5, "lw": 1.6}
 

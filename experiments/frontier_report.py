@@ -52,6 +52,7 @@ def collect(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
         elif piece.make == "labels":
             found["labels"].append({**who, **result})
         elif piece.make == "rm":
+            result = {k: result[k] for k in ("accuracy", "correlation", "rm", "rm_stderr")}
             found["reward_models"].append({**who, "n_pairs": spec["n_pairs"], **result})
         elif piece.make == "limits":
             for kind in ("optimum", "best_of_n"):

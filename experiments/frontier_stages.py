@@ -96,6 +96,8 @@ def make_sft(out: Path, name: str, spec: dict) -> dict:
     gpt, ckpt = train.load_gpt(folder)
     rng = random.Random(seed)
     P, n_judged = spec["prompts"], spec["judged"][0]
+    if len(rows) < P + HELD_OUT:
+        raise InputError(f"{len(rows)} sentences are too few: {P + HELD_OUT} are needed")
     prompts = [row["prompt"] for row in rng.sample(rows[:-HELD_OUT], P)]
     judged = [row["prompt"] for row in held[:n_judged]]
     draws = {
@@ -190,16 +192,11 @@ def make_rm(out: Path, name: str, spec: dict) -> dict:
         for a, b in zip(arrays["pool"], held["pool"], strict=True)
         if a.std() > 0 and b.std() > 0
     ]
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    first = [
-        json.loads(line)
-        for line in (folder / "metrics.jsonl").read_text().splitlines()
-        if '"eval"' in line
-    ][-1]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    last = json.loads([line for line in lines if '"eval"' in line][-1])
     mean, stderr = measure.mean_stderr(arrays["judge"])
     return {
-        "accuracy": first["accuracy"],
-        "train_loss": last.get("loss"),
+        "accuracy": last["accuracy"],
         "correlation": float(np.mean(within)) if within else None,
         "rm": mean,
         "rm_stderr": stderr,

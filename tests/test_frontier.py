@@ -147,8 +147,8 @@ def test_win_values_count_ties_half():
     assert won.tolist() == [[0.125, 0.5, 1.0]]
 
 
-def test_draws_do_not_depend_on_the_batch_and_carry_their_end():
-    """The same seed, other batches: the same texts; `rate` sees whether a text ended."""
+def test_draws_repeat_and_carry_their_end():
+    """The same seed gives the same texts in order; `rate` sees whether a text ended."""
     gpt = tiny_gpt(0, vocab=257)
     prompts = ["a", "bcd", "e"]
     one, two = (measure.draw(gpt, "bytes", prompts, 2, 4, 5, rows=rows) for rows in (2, 6))
@@ -220,6 +220,21 @@ def test_other_settings_make_pieces_anew():
     assert not set(a.values()) & set(b.values())
     more = frontier.keys(frontier.plan(replace(TINY, seeds=2)))
     assert {name: more[name] for name in a} == a
+
+
+def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path, monkeypatch):
+    """The piece's folder is kept for the same key, and emptied for another."""
+    from experiments import frontier_stages
+
+    kept = tmp_path / "runs" / "x" / "ckpt.pt"
+    seen = []
+    make = {"sft": lambda out, name, spec: seen.append(kept.exists()) or {}}
+    monkeypatch.setattr(frontier_stages, "MAKERS", make)
+    piece = frontier.Piece("x", "sft", {})
+    for key in ("a", "a", "b"):
+        frontier.work(tmp_path, piece, key)
+        kept.write_text("")
+    assert seen == [False, True, False]
 
 
 def test_pieces_come_after_what_they_need():
