@@ -191,7 +191,7 @@ def draw_density(plt, done: dict, matrix, reward: str, path: Path) -> None:
 
 
 def draw_efficiency(plt, done: dict, matrix, path: Path) -> None:
-    """Oracle reward at a KL that all methods reach with most counts, over labelled pairs."""
+    """Oracle reward at the largest KL that most runs reach, over labelled pairs."""
     rewards = [r for r, _ in matrix.betas if r in matrix.efficiency_rewards]
     figure, axes = plt.subplots(1, len(rewards), figsize=(5.6 * len(rewards), 4.4), squeeze=False)
     for axis, reward in zip(axes[0], rewards, strict=True):
@@ -199,7 +199,7 @@ def draw_efficiency(plt, done: dict, matrix, path: Path) -> None:
         if not rows:
             continue
         reached = {kl: len(only(rows, kl=kl)) for kl in {row["kl"] for row in rows}}
-        kl = max(k for k in reached if reached[k] >= 0.9 * max(reached.values()))
+        kl = max(k for k in reached if reached[k] == max(reached.values()))
         for method in matrix.efficiency:
             own = only(rows, method=method, kl=kl)
             means = []
@@ -216,7 +216,7 @@ def draw_efficiency(plt, done: dict, matrix, path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xlabel("labelled pairs")
         axis.set_ylabel(f"oracle reward: {reward}, at KL {kl:g}")
-        axis.legend(fontsize=9.5, loc="center right")
+        axis.legend(fontsize=9.5, loc="upper right", bbox_to_anchor=(1, 0.92))
     finish(plt, figure, path)
 
 
