@@ -216,7 +216,7 @@ def draw_efficiency(plt, done: dict, matrix, path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xlabel("labelled pairs")
         axis.set_ylabel(f"oracle reward: {reward}, at KL {kl:g}")
-        axis.legend(fontsize=9.5, loc="upper right", bbox_to_anchor=(1, 0.92))
+        axis.legend(fontsize=9.5, loc="lower right", bbox_to_anchor=(1, 0.12))
     finish(plt, figure, path)
 
 
