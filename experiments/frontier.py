@@ -326,6 +326,7 @@ def run_pieces(out: Path, pieces: dict[str, Piece], jobs: int) -> None:
 
 
 def run(out: Path, matrix: Matrix, jobs: int, only_report: bool = False) -> dict:
+    """Make the pieces and tell; where there are rates to try, climb until no best is at an edge."""
     from experiments import frontier_report
 
     pieces = plan(matrix)

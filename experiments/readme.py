@@ -134,8 +134,12 @@ def text_world(reward: str) -> str:
         cells = []
         for kl in budgets:
             row = rows.get((method, kl))
-            few = f" ({row['seeds']} of {all_seeds})" if row and row["seeds"] < all_seeds else ""
-            cells.append(f"{row['oracle']:.2f} ± {row['oracle_se']:.2f}{few}" if row else "–")
+            if not row:
+                cells.append("–")
+                continue
+            error = f" ± {row['oracle_se']:.2f}" if row["seeds"] > 1 else ""
+            few = f" ({row['seeds']} of {all_seeds})" if row["seeds"] < all_seeds else ""
+            cells.append(f"{row['oracle']:.2f}{error}{few}")
         end = ends.get(method)
         last = f"{end['oracle']:.2f} ± {end['oracle_se']:.2f} at {end['kl']:.1f}" if end else ""
         out.append([method, *cells, last])
