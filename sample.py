@@ -102,6 +102,7 @@ from model import Scorer
 from train import (
     autocast,
     gather,
+    leave,
     load_gpt,
     load_reward,
     make_folder,
@@ -387,4 +388,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

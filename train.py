@@ -395,6 +395,17 @@ def processes(device: str | None):
         dist.destroy_process_group()
 
 
+def leave(status: int) -> None:
+    """End the program. One of many processes ends at once: gloo's threads outlive the group where a
+    sharded module still refers to it, and one that drops a tensor while Python takes itself down
+    aborts the process, with all its work done."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def wrap(module: torch.nn.Module, s: Settings, device: torch.device) -> torch.nn.Module:
     """The module in DDP, sharded in place (FSDP2), compiled; its forward is the only way in."""
     if s.fsdp:
@@ -1768,4 +1779,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -46,11 +46,13 @@ Choices and simplifications:
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
@@ -287,6 +289,18 @@ def work(out: Path, piece: Piece, key: str) -> str:
     return piece.name
 
 
+def end_with_parent() -> None:
+    """A worker's watch: it ends when the process that started it is gone, however it went."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_pieces(out: Path, pieces: dict[str, Piece], jobs: int) -> None:
     """Make what is missing, `jobs` pieces at a time, each as soon as what it needs is there."""
     from tqdm import tqdm
@@ -302,7 +316,8 @@ def run_pieces(out: Path, pieces: dict[str, Piece], jobs: int) -> None:
                 work(out, piece, key[piece.name])
                 bar.update()
             return
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=end_with_parent) as pool:
             running = {}
             try:
                 while todo or running:
@@ -329,6 +344,8 @@ def run(out: Path, matrix: Matrix, jobs: int, only_report: bool = False) -> dict
     """Make the pieces and tell; where there are rates to try, climb until no best is at an edge."""
     from experiments import frontier_report
 
+    if only_report and matrix.rates:  # as far as it had climbed
+        matrix = replace(matrix, rates=tuple((method, LADDER) for method in matrix.methods))
     pieces = plan(matrix)
     if not only_report:
         run_pieces(out, pieces, jobs)
@@ -417,6 +434,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except InputError as error:
         print(f"frontier: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"frontier: {error.strerror}; the same command goes on where it was", file=sys.stderr)
         return 2
     return 0
 

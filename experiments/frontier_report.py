@@ -23,6 +23,7 @@ from experiments.frontier import (
     Matrix,
     Piece,
     family,
+    keys,
     load_piece,
 )
 from experiments.frontier_measure import at_kl
@@ -42,8 +43,9 @@ def collect(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
     """The finished pieces as flat lists of rows."""
     found = {"sft": [], "labels": [], "reward_models": [], "rows": []}
     found |= {"optimum": [], "best_of_n": [], "density": [], "samples": []}
+    key = keys(pieces)
     for name, piece in pieces.items():
-        result, spec = load_piece(out, name), piece.spec
+        result, spec = load_piece(out, name, key[name]), piece.spec
         if result is None:  # --report of a run that is not finished
             continue
         who = {k: spec[k] for k in ("reward", "seed", "n_embd") if k in spec}
@@ -246,9 +248,9 @@ def text_samples(done: dict, matrix: Matrix) -> str:
 def tuning(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
     """What each method reaches at each learning rate: the share of what the optimum gains over sft
     in oracle reward - beta KL."""
-    found, rows = {}, []
+    found, rows, key = {}, [], keys(pieces)
     for name, piece in pieces.items():
-        result, spec = load_piece(out, name), piece.spec
+        result, spec = load_piece(out, name, key[name]), piece.spec
         if result is None:
             continue
         where = {k: spec[k] for k in ("reward", "rate", "beta") if k in spec}

@@ -12,9 +12,11 @@ in OUT/runs/NAME, arrays in .npz beside them. A stage that was stopped goes on f
 """
 
 import contextlib
+import io
 import json
 import math
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -56,18 +58,19 @@ def save_arrays(path: Path, **arrays) -> None:
 
 
 def stage(out: Path, argv: list) -> None:
-    """Run a stage of train.py into `out`; go on if it was stopped there, start over if the settings
-    have changed since."""
+    """Run a stage of train.py into `out`, or go on where it was stopped there."""
     argv = [*map(str, argv), "--out", str(out), "--device", "cpu"]
-    status = 2
-    if (out / "ckpt.pt").exists():
-        status = train.main([*argv, "--resume"])
-    if status == 2:
-        status = train.main([*argv, "--overwrite"])
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            status = train.main(argv + ["--resume"] * (out / "ckpt.pt").exists())
+    finally:
+        sys.stderr.write(said.getvalue())
     if status > 128:
         raise KeyboardInterrupt
     if status:
-        raise InputError(f"train.py {' '.join(argv)} ended with status {status}: see {out}")
+        why = said.getvalue().strip().splitlines()[-1:] or [f"status {status}"]
+        raise InputError(f"the stage {argv[0]} in {out} failed: {why[0]}")
     (out / "best.pt").unlink(missing_ok=True)
 
 

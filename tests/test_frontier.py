@@ -1,9 +1,14 @@
 """experiments/frontier*.py: estimates against enumeration, pieces that survive a stop, and a tiny
 run of everything."""
 
+import errno
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +17,13 @@ import pytest
 import torch
 
 import exo
-from data import Builder, Report
+from data import Builder, InputError, Report
 from experiments import frontier, frontier_corpus
 from experiments import frontier_measure as measure
 from experiments import frontier_report as report
 from model import GPT, GPTConfig
 
+ROOT = Path(__file__).parents[1]
 TINY = replace(
     frontier.QUICK,
     betas=(("sentiment", (2.0, 0.5)),),
@@ -298,6 +304,7 @@ def test_tuning_takes_the_rate_with_the_largest_share_of_the_optimums_gain(tmp_p
     few = {"betas": betas, "methods": ("dpo-pref",), "widths": (), "pairs": ()}
     matrix = replace(TINY, **few, rates=(("dpo-pref", (0.1, 0.2)),), first_seed=7)
     pieces = frontier.plan(matrix)
+    key = frontier.keys(pieces)
     (tmp_path / "pieces").mkdir()
     ends = {("sentiment", 0.1): (4.0, 1.0), ("sentiment", 0.2): (6.0, 1.5)}  # oracle, KL
     ends |= {("conviction", 0.1): (3.0, 1.0), ("conviction", 0.2): (2.0, 1.0)}
@@ -311,7 +318,7 @@ def test_tuning_takes_the_rate_with_the_largest_share_of_the_optimums_gain(tmp_p
             held = {"path": [{"oracle": 0.0, "kl": 0.0}, {"oracle": oracle, "kl": kl}]}
         else:
             continue
-        whole = {"key": "", "result": held}
+        whole = {"key": key[name], "result": held}
         (tmp_path / "pieces" / f"{name}.json").write_text(json.dumps(whole))
     done = report.tuning(tmp_path, matrix, pieces)
     score = {(row["reward"], row["rate"]): row["score"] for row in done["rows"]}
@@ -342,6 +349,38 @@ def test_tuning_goes_on_until_the_best_rate_is_between_two_others(tmp_path, monk
     frontier.run(tmp_path, replace(TINY, **few, rates=start), jobs=1)
     assert tried[-1]["dpo-pref"] == frontier.LADDER[:5]
     assert tried[-1]["ppo"] == frontier.LADDER[1:]
+
+
+def test_a_full_disk_ends_with_one_sentence_and_2(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(frontier, "run", full)
+    assert frontier.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_workers_end_with_their_parent():
+    """Also when it is killed and can tell nobody: the pipe closes when the last of them is gone."""
+    code = (
+        "import os, time; from experiments.frontier import end_with_parent\n"
+        "if os.fork(): time.sleep(100)\n"
+        "end_with_parent(); print('up', flush=True); time.sleep(100)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    assert parent.stdout.readline() == b"up\n"
+    start = time.time()
+    parent.kill()
+    parent.wait()
+    parent.stdout.read()
+    assert time.time() - start < 50
+
+
+def test_a_failed_stage_says_why(tmp_path):
+    from experiments.frontier_stages import stage
+
+    with pytest.raises(InputError, match=r"sft.*no-such-file"):
+        stage(tmp_path / "run", ["sft", "--data", tmp_path / "no-such-file.jsonl"])
 
 
 @pytest.mark.parametrize(
@@ -388,7 +427,7 @@ def test_real_text(tmp_path, monkeypatch):
 
 def test_learning_rates_are_those_of_the_committed_tuning():
     """Chosen by --tune, on a seed that no figure uses, and each with a worse one on either side."""
-    path = Path(__file__).parents[1] / "assets" / "frontier" / "tuning.json"
+    path = ROOT / "assets" / "frontier" / "tuning.json"
     done = json.loads(path.read_text())
     assert done["chosen"] | {"rm": 1e-3} == frontier.LEARNING_RATE
     assert done["settings"]["first_seed"] == frontier.TUNING_SEED >= frontier.FULL.seeds
