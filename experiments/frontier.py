@@ -31,14 +31,15 @@ Choices and simplifications:
   is Bradley-Terry's d / beta for close pairs, and at most 2 / beta for others. Nobody is compared
   at equal beta, but at equal KL.
 - All read the same number of completions per step, for the same number of steps; ppo passes over
-  its own four times, and so draws a quarter. A reward model's rewards spread less than the
-  oracle's, so that with it the same beta means less pull.
+  its own PPO_EPOCHS times and takes so many times the steps, so that it draws as many as the others
+  on their own. A reward model's rewards spread less than the oracle's, so that with it the same
+  beta means less pull.
 - EXO and DPO have the same learning rate where they learn from the same, the one that --tune found
-  best for the two together, on a seed of its own (data, sft, labels, judged prompts) at the middle
-  beta: the highest share of what the optimum gains in oracle reward - beta KL, mean over rewards.
-  It tries RATES, and LADDER beyond them while the best is the first or the last. One seed, one
-  beta: differences of a few hundredths there are noise, and small betas would bear larger rates. A
-  narrower model's rate is larger by as much as it is narrower. QUICK and real text take the same.
+  best for the two together, on a seed of its own (data, sft, labels, judged prompts) at the two
+  middle betas: the highest share of what the optimum gains in oracle reward - beta KL, mean over
+  betas and rewards. It tries RATES, and LADDER beyond them while the best is the first or the last.
+  One seed: differences of a few hundredths there are noise. A narrower model's rate is larger by as
+  much as it is narrower. QUICK and real text take the same.
 - Each seed has its own data, sft, labels and reward models. Standard errors are over seeds.
 - All policies are judged on the first clauses of the same held-out reviews, with the same uniform
   numbers. Some of these clauses occur in other reviews too.
@@ -85,14 +86,14 @@ class Matrix:
     n_head: int = 4
     block_size: int = 96
     new: int = 44  # longest completion drawn; the grammar's longest is 41
-    sft_rows: int = 20_000
-    sft_iters: int = 2000
+    sft_rows: int = 100_000
+    sft_iters: int = 6000
     sft_batch: int = 32
     sft_rate: float = 2e-3  # at n_embd 48; a width's is 48 / width times as large
     prompts: int = 1920  # training prompts
     K: int = 8  # completions of each
     groups: int = 8  # groups per step: 8 of 8 completions, or 32 pairs
-    steps: int = 240
+    steps: int = 240  # for ppo times its passes
     evals: int = 3  # evaluations along the way, the last one included
     rm_iters: int = 500  # and at most eight times through the pairs
     judged: tuple = (64, 16)  # held-out prompts, and completions of each, that judge a policy
@@ -116,6 +117,7 @@ METHODS = {  # name: (stage, what it learns from)
     "ppo": ("ppo", "own"),
 }
 SMOOTHING = 1e-3  # exo-pref's; see the top
+PPO_EPOCHS = 4
 CALIBRATION = ("exo-rw-oracle", "dpo-rw-oracle")
 LEARNING_RATE = {  # of families, by --tune; the reward model's was not swept
     "pref": 1e-4,
@@ -126,20 +128,21 @@ LEARNING_RATE = {  # of families, by --tune; the reward model's was not swept
     "rm": 1e-3,
 }
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-RATES = LADDER[1:5]
+RATES = LADDER[1:4]
 TUNING_SEED = 1000
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 OPTIMUM_BETAS = tuple(2 ** (k / 2) for k in range(8, -7, -1))  # 16 ... 0.125
 LEAST_ESS = 20  # the optimum's curve ends where fewer completions of the pool carry it
+SMALL_KL = 0.05  # where calibration is read, beside BUDGETS
 BUDGETS = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0)  # KLs at which methods are compared
 
 FULL = Matrix(
-    betas=(("sentiment", (8.0, 2.0, 0.5)), ("conviction", (4.0, 1.0, 0.25))),
+    betas=(("sentiment", (16.0, 4.0, 2.0, 0.5)), ("conviction", (8.0, 2.0, 1.0, 0.25))),
     methods=tuple(METHODS),
 )
 TUNE = replace(
     FULL,
-    betas=tuple((reward, betas[1:2]) for reward, betas in FULL.betas),
+    betas=tuple((reward, betas[1:3]) for reward, betas in FULL.betas),
     rates=tuple((method, RATES) for method in METHODS),
     seeds=1,
     first_seed=TUNING_SEED,
@@ -148,10 +151,12 @@ TUNE = replace(
 )
 QUICK = replace(
     FULL,
+    betas=tuple((reward, betas[1:]) for reward, betas in FULL.betas),
     seeds=1,
     widths=(),
     pairs=(),
-    sft_iters=1500,
+    sft_rows=50_000,
+    sft_iters=2500,
     prompts=800,
     steps=100,
     evals=2,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.frontier import CALIBRATION
 from experiments.toy import mean_se
 from experiments.toy_figures import GREY, INK, finish, pyplot
 
@@ -221,17 +222,17 @@ def draw_efficiency(plt, done: dict, matrix, path: Path) -> None:
 
 
 def draw_calibration(plt, done: dict, matrix, path: Path) -> None:
-    """Per reward a row: a panel per width with the optimum's frontier of that width's own sft, and
-    one with EXO's lead over DPO at equal KL, over the width."""
+    """Per reward a row: a panel per width with the optimum's frontier of that width's own sft, one
+    with the share of the optimum's gain over the width, and one with EXO's lead over DPO."""
     rewards = [reward for reward, _ in matrix.betas]
     widths = sorted({*matrix.widths, matrix.n_embd})
-    shape = {"nrows": len(rewards), "ncols": len(widths) + 1, "squeeze": False}
-    figure, axes = plt.subplots(**shape, figsize=(4 * len(widths) + 4, 3.7 * len(rewards)))
+    shape = {"nrows": len(rewards), "ncols": len(widths) + 2, "squeeze": False}
+    figure, axes = plt.subplots(**shape, figsize=(3.6 * len(widths) + 7.2, 3.7 * len(rewards)))
     for line, reward in zip(axes, rewards, strict=True):
         for axis, width in zip(line, widths, strict=False):
             where, farthest = {"reward": reward, "n_embd": width}, 0.25
             plot_optimum(axis, done, **where)
-            for method in ("exo-rw-oracle", "dpo-rw-oracle"):
+            for method in CALIBRATION:
                 points = method_curve(done, method, **where)
                 plot(axis, points, method + far(points), **style(method))
                 farthest = max([farthest, *points[:, 0]])
@@ -239,26 +240,54 @@ def draw_calibration(plt, done: dict, matrix, path: Path) -> None:
             axis.set_title(f"n_embd {width}", fontsize=11.5)
             axis.legend(fontsize=9)
         line[0].set_ylabel(f"oracle reward: {reward}")
-        draw_leads(line[-1], only(done["calibration_leads"], reward=reward), widths)
+        rows = only(done["calibration"], reward=reward)
+        if rows:
+            draw_shares(line[-2], rows, widths)
+            draw_leads(line[-1], rows, widths)
     finish(plt, figure, path)
 
 
+def draw_shares(axis, rows: list[dict], widths: list[int]) -> None:
+    """Each method's share of the optimum's gain, at the smallest and the largest KL that all runs
+    of all widths reach."""
+    reached = {kl: len(only(rows, kl=kl)) for kl in sorted({row["kl"] for row in rows})}
+    all_there = [kl for kl in reached if reached[kl] == max(reached.values())]
+    for kl, line in zip((all_there[0], all_there[-1]), ("-", "--"), strict=True):
+        for method in CALIBRATION:
+            points = over_width(only(rows, kl=kl), widths, lambda r, m=method: r[m] / r["optimum"])
+            look = style(method) | {"ls": line, "mfc": "white" if line == "--" else color(method)}
+            errorbar(axis, points, label=f"{method}, KL {kl:g}", **look)
+    axis.axhline(1, color=INK, lw=2)
+    width_axis(axis, widths, "share of the optimum's gain over sft")
+
+
 def draw_leads(axis, rows: list[dict], widths: list[int]) -> None:
-    """EXO's lead over DPO at equal KL, seed by seed."""
-    for kl, marker in zip(sorted({row["kl"] for row in rows}), "osD^v", strict=False):
-        points = []
-        for width in widths:
-            leads = [row["lead"] for row in only(rows, kl=kl, n_embd=width)]
-            points += [(width, *mean_se(leads))] if leads else []
-        x, y, dy = zip(*points, strict=True)
-        axis.errorbar(x, y, yerr=dy, fmt=marker + "-", capsize=2, ms=5, label=f"KL {kl:g}")
+    """EXO's lead over DPO at equal KL, over the width."""
+    exo, dpo = CALIBRATION
+    for kl, marker in zip(sorted({row["kl"] for row in rows}), "osD^vPX", strict=False):
+        points = over_width(only(rows, kl=kl), widths, lambda r: r[exo] - r[dpo])
+        errorbar(axis, points, fmt=marker + "-", ms=5, label=f"KL {kl:g}")
     axis.axhline(0, color=GREY, lw=1)
+    width_axis(axis, widths, "EXO − DPO, in oracle reward")
+
+
+def over_width(rows: list[dict], widths: list[int], value) -> list[tuple]:
+    """[(width, mean, standard error)] over the rows of each width that has some."""
+    own = {width: [value(row) for row in only(rows, n_embd=width)] for width in widths}
+    return [(width, *mean_se(values)) for width, values in own.items() if values]
+
+
+def errorbar(axis, points: list[tuple], **look) -> None:
+    x, y, dy = zip(*points, strict=True)
+    axis.errorbar(x, y, yerr=dy, capsize=2, **look)
+
+
+def width_axis(axis, widths: list[int], name: str) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(widths, [str(width) for width in widths])
     axis.set_xlabel("n_embd of sft and policy")
-    axis.set_ylabel("EXO − DPO, in oracle reward")
-    if rows:
-        axis.legend(fontsize=9)
+    axis.set_ylabel(name)
+    axis.legend(fontsize=8.5)
 
 
 def draw_all(done: dict, matrix, out: Path) -> None:
@@ -272,5 +301,5 @@ def draw_all(done: dict, matrix, out: Path) -> None:
             draw_density(plt, done, matrix, reward, out / f"density-{reward}.png")
     if done["efficiency"]:
         draw_efficiency(plt, done, matrix, out / "efficiency.png")
-    if matrix.widths:
+    if matrix.widths and done["calibration"]:
         draw_calibration(plt, done, matrix, out / "calibration.png")

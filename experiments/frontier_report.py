@@ -20,6 +20,7 @@ from experiments.frontier import (
     CALIBRATION,
     LEARNING_RATE,
     LEAST_ESS,
+    SMALL_KL,
     Matrix,
     Piece,
     family,
@@ -171,31 +172,19 @@ def efficiency_rows(done: dict, matrix: Matrix) -> list[dict]:
 
 
 def calibration_rows(done: dict, matrix: Matrix) -> list[dict]:
-    """How far below the optimum's frontier, at their own KL, the policies of each width end."""
+    """What the optimum, EXO and DPO gain over sft in oracle reward at equal KL, the two with the
+    oracle in their loss, for each width and seed."""
     out = []
-    for row in done["rows"]:
-        if row["method"] in CALIBRATION and row["last"] and row["n_pairs"] is None:
-            where = {k: row[k] for k in ("reward", "seed", "n_embd")}
-            best = at_kl(curve(done, "optimum", **where), row["kl"])
-            keep = {k: row[k] for k in ("method", "beta", "kl", "oracle")}
-            gap = None if math.isnan(best) else best - row["oracle"]
-            out.append({**where, **keep, "gap": gap})
-    return out
-
-
-def calibration_leads(done: dict, matrix: Matrix) -> list[dict]:
-    """EXO's lead over DPO, both with the oracle, at equal KL, for each width and seed."""
-    out = []
-    widths = (*matrix.widths, matrix.n_embd)
-    for (reward, _), width, kl in itertools.product(matrix.betas, widths, (0.05, *BUDGETS)):
-        where = {"reward": reward, "n_embd": width}
-        ours, theirs = (
-            matched(done, method, "oracle", kl, range(matrix.seeds), **where)
-            for method in CALIBRATION
-        )
-        for seed in sorted(ours.keys() & theirs.keys()):
-            lead = ours[seed] - theirs[seed]
-            out.append({**where, "kl": kl, "seed": seed, "lead": lead})
+    places = itertools.product(
+        matrix.betas, (*matrix.widths, matrix.n_embd), (SMALL_KL, *BUDGETS), range(matrix.seeds)
+    )
+    for (reward, _), width, kl, seed in places:
+        where, gain = {"reward": reward, "n_embd": width, "seed": seed}, {}
+        for method in ("optimum", *CALIBRATION):
+            points = curve(done, method, **where)
+            gain[method] = at_kl(points, kl) - points[0][1] if points else math.nan
+        if not any(map(math.isnan, gain.values())):
+            out.append({**where, "kl": kl, **gain})
     return out
 
 
@@ -281,7 +270,6 @@ def report(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
     done["reach"] = reach_rows(done, matrix)
     done["efficiency"] = efficiency_rows(done, matrix)
     done["calibration"] = calibration_rows(done, matrix)
-    done["calibration_leads"] = calibration_leads(done, matrix)
     settings = {"matrix": asdict(matrix), "learning_rate": LEARNING_RATE, "least_ess": LEAST_ESS}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     done = {"settings": settings, "versions": versions, **done}

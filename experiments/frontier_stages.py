@@ -30,6 +30,7 @@ from experiments.frontier import (
     BEST_OF,
     METHODS,
     OPTIMUM_BETAS,
+    PPO_EPOCHS,
     REWARDS,
     SMOOTHING,
 )
@@ -265,11 +266,9 @@ def make_limits(out: Path, name: str, spec: dict) -> dict:
         if judge in judges.held:
             score = judges.held[judge]["pool"]
             for n in [n for n in BEST_OF if n <= score.shape[1]]:
-                row = {"method": method, "n": n, **measure.best_of_n(score, n, keep)}
-                # n/(n+1) of all contests with one draw of sft, where nothing ties
-                fair = measure.win_values(score, score)
-                row["win_own"] = measure.best_of_n(score, n, {"w": fair})["w"]
-                result["best_of_n"].append(row)
+                result["best_of_n"].append(
+                    {"method": method, "n": n, **measure.best_of_n(score, n, keep)}
+                )
     return result
 
 
@@ -277,12 +276,17 @@ def make_limits(out: Path, name: str, spec: dict) -> dict:
 # Policies
 
 
+def policy_steps(spec: dict) -> int:
+    return spec["steps"] * (PPO_EPOCHS if spec["method"] == "ppo" else 1)
+
+
 def policy_argv(out: Path, spec: dict) -> list:
     """The command line of a method at one beta."""
     loss, source = METHODS[spec["method"]]
     labels, sft, beta = out / "runs" / spec["labels"], out / "runs" / spec["sft"], spec["beta"]
-    every = max(1, spec["steps"] // spec["evals"])
-    argv = [loss, "--init", sft, "--max_iters", spec["steps"], "--learning_rate", spec["rate"]]
+    steps = policy_steps(spec)
+    every = max(1, steps // spec["evals"])
+    argv = [loss, "--init", sft, "--max_iters", steps, "--learning_rate", spec["rate"]]
     argv += ["--eval_interval", every, "--kl_samples", 0, "--seed", spec["seed"]]
     size = spec["groups"] * spec["K"]
     if source == "pairs":
@@ -301,7 +305,7 @@ def policy_argv(out: Path, spec: dict) -> list:
     argv += ["--data", labels / "prompts.jsonl", "--reward", out / "runs" / spec["rm"]]
     argv += ["--K", spec["K"], "--max_new_tokens", spec["new"]]
     if loss == "ppo":
-        return [*argv, "--kl_coef", beta]
+        return [*argv, "--kl_coef", beta, "--ppo_epochs", PPO_EPOCHS]
     return [*argv, "--online", "--beta_pi", 1.0, "--beta_r", beta]
 
 
@@ -367,7 +371,7 @@ def make_policy(out: Path, name: str, spec: dict) -> dict:
         row = judge(gpt, sft, ckpt["encoding"], judges, prompts, few, spec)
         return {k: v for k, v in row.items() if k != "draws"}
 
-    with watched(argv, look, range(1, spec["steps"])):
+    with watched(argv, look, range(1, policy_steps(spec))):
         stage(folder, argv)
     gpt, _ = train.load_gpt(folder)
     row = judge(gpt, sft, ckpt["encoding"], judges, prompts, spec["judged"][1], spec)
@@ -376,7 +380,7 @@ def make_policy(out: Path, name: str, spec: dict) -> dict:
         record = json.loads(line)
         if "judged" in record:
             result["path"].append({"step": record["step"], **record["judged"]})
-    result["path"].append({"step": spec["steps"], **row})
+    result["path"].append({"step": policy_steps(spec), **row})
     if spec["method"] in ("exo-rw-oracle", "dpo-rw-oracle", "exo-pref", "dpo-pref"):
         result["density"] = density(out, spec, gpt, sft, judges)
     return result

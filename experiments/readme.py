@@ -116,6 +116,7 @@ def scaling() -> str:
     return markdown(["", *[""] * (width - 1)], [row + [""] * (width - len(row)) for row in out])
 
 
+CALIBRATED = 0.25  # the largest KL of the table
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # of Student's t, by the number of seeds
 
 
@@ -160,6 +161,26 @@ def text_leads(reward: str) -> str:
     return markdown([f"{reward}: lead over its DPO", *(f"KL {kl:g}" for kl in budgets)], table)
 
 
+def text_calibration() -> str:
+    """With the oracle, at small KL: shares of the optimum's gain over sft, and EXO's lead."""
+    done, out = read("frontier/results.json"), []
+    exo, dpo = "exo-rw-oracle", "dpo-rw-oracle"
+    rows = done["calibration"]
+    places = dict.fromkeys((row["reward"], row["n_embd"], row["kl"]) for row in rows)
+    for place in sorted(places, key=lambda place: (place[0] != "sentiment", -place[1], place[2])):
+        own = [row for row in rows if (row["reward"], row["n_embd"], row["kl"]) == place]
+        if place[2] > CALIBRATED or len(own) < 2:
+            continue
+        shares = [spread([100 * row[m] / row["optimum"] for row in own], 0) for m in (exo, dpo)]
+        lead = [row[exo] - row[dpo] for row in own]
+        error = T95[len(own)] * statistics.stdev(lead) / len(own) ** 0.5
+        gain = spread([row["optimum"] for row in own], 2)
+        reward, width, kl = place
+        cells = [f"{reward}, n_embd {width}", f"{kl:g}", gain, *(f"{s} %" for s in shares)]
+        out.append([*cells, f"{statistics.mean(lead):+.2f} ± {error:.2f}"])
+    return markdown(["", "KL", "the optimum's gain", exo, dpo, "lead, 95 % interval"], out)
+
+
 def text_wins(reward: str, budget: float) -> str:
     """Win rates at one KL, by the oracle and by the reward model."""
     done, out = read("frontier/results.json"), []
@@ -199,6 +220,7 @@ TABLES = {
     "text conviction": functools.partial(text_world, "conviction"),
     "leads sentiment": functools.partial(text_leads, "sentiment"),
     "leads conviction": functools.partial(text_leads, "conviction"),
+    "calibration": text_calibration,
     "wins": functools.partial(text_wins, "sentiment", 0.5),
 }
 

@@ -18,7 +18,7 @@ import torch
 
 import exo
 from data import Builder, InputError, Report
-from experiments import frontier, frontier_corpus
+from experiments import frontier, frontier_corpus, frontier_figures
 from experiments import frontier_measure as measure
 from experiments import frontier_report as report
 from model import GPT, GPTConfig
@@ -174,6 +174,32 @@ def test_at_kl_is_linear_in_the_root_and_never_extrapolates():
     assert math.isnan(measure.at_kl([(4.0, 3.0), (0.0, 1.0)], 4.1))
 
 
+def test_calibration_compares_gains_at_equal_kl(tmp_path):
+    """Frontiers that are straight in the root of KL: slopes 4 (optimum), 3 and 2 from sft at -1, so
+    that the gains at KL 0.25 are 2, 1.5 and 1. A width whose DPO never gets there is left out."""
+    done = {"optimum": [], "best_of_n": [], "rows": [], "settings": {"least_ess": 20}}
+    for seed, width in itertools.product((0, 1), (4, 8)):
+        who = {"reward": "sentiment", "seed": seed, "n_embd": width}
+        done["optimum"].append({**who, "beta": 2.0, "kl": 4.0, "oracle": 7.0, "ess": 99})
+        for name in ("best-of-n", "best-of-n-oracle"):
+            sft = {"method": name, "n": 1, "kl": 0.0, "oracle": -1.0}
+            done["best_of_n"].append({**who, **sft})
+        for method, kl, oracle in (("exo", 1.0, 2.0), ("dpo", 0.25 if width == 8 else 0.01, 0.0)):
+            end = {"method": f"{method}-rw-oracle", "beta": 2.0, "n_pairs": None, "last": True}
+            done["rows"].append({**who, **end, "kl": kl, "oracle": oracle})
+    matrix = replace(TINY, seeds=2)
+    done["calibration"] = report.calibration_rows(done, matrix)
+    assert {row["n_embd"] for row in done["calibration"]} == {8}
+    for row in report.only(done["calibration"], kl=0.25):
+        gains = [row[m] for m in ("optimum", *frontier.CALIBRATION)]
+        assert gains == pytest.approx([2.0, 1.5, 1.0])
+    assert len(report.only(done["calibration"], kl=0.25)) == 2
+    plt = frontier_figures.pyplot()
+    if plt:
+        frontier_figures.draw_calibration(plt, done, matrix, tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").stat().st_size
+
+
 # --------------------------------------------------------------------------------------------------
 # The run
 
@@ -185,6 +211,7 @@ def test_every_method_is_in_rows_frontier_and_table(finished):
     assert read["rows"] == done["rows"]
     main = report.only(done["rows"], n_embd=8, n_pairs=None)
     for method, beta, step in itertools.product(frontier.METHODS, (2.0, 0.5), (1, 2)):
+        step *= frontier.PPO_EPOCHS if method == "ppo" else 1
         (row,) = report.only(main, method=method, beta=beta, step=step)
         for name in ("oracle", "rm", "kl", "win_oracle_sft", "win_rm_sft"):
             assert math.isfinite(row[name])
@@ -199,7 +226,6 @@ def test_every_method_is_in_rows_frontier_and_table(finished):
     for method in (*frontier.METHODS, "best-of-n", "optimum"):
         assert f"{method}" in table
     assert done["density"]
-    assert done["calibration"]
 
 
 def test_a_stopped_run_goes_on(finished, capsys):
@@ -347,7 +373,7 @@ def test_tuning_goes_on_until_the_best_rate_is_between_two_others(tmp_path, monk
     monkeypatch.setattr(frontier, "run_pieces", lambda *args: None)
     monkeypatch.setattr(frontier_report, "tuning", tuning)
     frontier.run(tmp_path, replace(TINY, **few, rates=start), jobs=1)
-    assert tried[-1]["dpo-pref"] == frontier.LADDER[:5]
+    assert tried[-1]["dpo-pref"] == (frontier.LADDER[0], *frontier.RATES)
     assert tried[-1]["ppo"] == frontier.LADDER[1:]
 
 
