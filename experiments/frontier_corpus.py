@@ -4,7 +4,7 @@ Real text for the frontier: sentences of a corpus, a vocabulary of its words, a 
     python -m experiments.frontier --corpus reviews.jsonl.gz --lexicon vader_lexicon.txt
 
 A row is a sentence: the prompt its first words, the completion the rest. The vocabulary is the
-corpus's 3,000 commonest words, and only sentences of these are read, since a small model would
+corpus's 5,000 commonest words, and only sentences of these are read, since a small model would
 spell the others byte by byte into words that do not exist. The reward counts words: with s the sum
 of their valences in the lexicon, 4 s / sqrt(s^2 + 15), which is four times the VADER score without
 its rules of grammar: within ±4, and no word pays much after the fifth.
@@ -30,8 +30,14 @@ from data import InputError, read_rows
 from experiments.reviews import PATTERN
 
 CORPUS, LEXICON = "FRONTIER_CORPUS", "FRONTIER_LEXICON"
-WORDS = 3000  # in the vocabulary, beside the 256 bytes
+WORDS = 5000  # in the vocabulary, beside the 256 bytes
 PROMPT, LONGEST = 4, 24  # words
+SHOWN = (  # prompts of one's own for samples, so that no row of the corpus is in the results
+    "this movie was a",
+    "the acting in this",
+    "i watched it with",
+    "in the end the",
+)
 BETAS = (("lexicon", (2.0, 1.0, 0.5)),)
 
 

@@ -69,6 +69,8 @@ def method_curve(done: dict, method: str, **where) -> np.ndarray:
     else:
         rows = only(done["rows"], method=method, last=True, n_pairs=None, **where)
         points = mean_curve(rows, "beta")
+        start = mean_curve(only(done["start"], **where), "n_embd")  # one point: where has it
+        return np.concatenate([start, points]) if len(points) else points
     return np.concatenate([sft_point(done, **where), points]) if len(points) else points
 
 

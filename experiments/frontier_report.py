@@ -43,7 +43,7 @@ QUANTITIES = {  # columns of the table
 def collect(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
     """The finished pieces as flat lists of rows."""
     found = {"sft": [], "labels": [], "reward_models": [], "rows": []}
-    found |= {"optimum": [], "best_of_n": [], "density": [], "samples": []}
+    found |= {"start": [], "optimum": [], "best_of_n": [], "density": [], "samples": []}
     key = keys(pieces)
     for name, piece in pieces.items():
         result, spec = load_piece(out, name, key[name]), piece.spec
@@ -60,6 +60,10 @@ def collect(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
         elif piece.make == "limits":
             for kind in ("optimum", "best_of_n"):
                 found[kind] += [{**who, **row} for row in result[kind]]
+            found["start"].append({**who, **result["sft"]})
+            if spec["seed"] == 0 and spec["n_embd"] == matrix.n_embd:
+                mark = {**who, "method": "sft", "beta": None}
+                found["samples"] += [{**mark, **sample} for sample in result["samples"]]
         else:
             who |= {k: spec[k] for k in ("method", "beta", "n_pairs", "K")}
             last = result["path"][-1]["step"]
@@ -82,8 +86,9 @@ def only(rows: list[dict], **where) -> list[dict]:
 
 
 def curve(done: dict, method: str, quantity: str = "oracle", **where) -> list[tuple[float, float]]:
-    """One seed's frontier of a method: (KL, quantity), beginning at sft. where: reward, seed,
-    n_embd, and n_pairs (None: all)."""
+    """One seed's frontier of a method: (KL, quantity), beginning at sft, of a trained one at sft's
+    draws with the same random numbers. where: reward, seed, n_embd, and n_pairs (None: all)."""
+    start = only(done["best_of_n"], n=1)
     place = {k: v for k, v in where.items() if k != "n_pairs"}
     if method == "optimum":
         rows = [r for r in only(done["optimum"], **place) if r["ess"] >= LEAST_ESS]
@@ -92,9 +97,9 @@ def curve(done: dict, method: str, quantity: str = "oracle", **where) -> list[tu
     else:
         where = {"n_pairs": None, **where}
         rows = only(done["rows"], method=method, last=True, **where)
+        start = done["start"]
     points = [(row["kl"], row[quantity]) for row in rows if row.get(quantity) is not None]
-    start = only(done["best_of_n"], n=1, **place)[:1]  # sft itself
-    start = [(0.0, row[quantity]) for row in start if quantity in row]
+    start = [(0.0, row[quantity]) for row in only(start, **place)[:1] if quantity in row]
     return sorted(start + points) if points else []
 
 
@@ -226,8 +231,9 @@ def text_samples(done: dict, matrix: Matrix) -> str:
     for reward, betas in matrix.betas:
         beta = betas[min(1, len(betas) - 1)]
         lines.append(f"\n## {reward}, beta {beta:g}, seed 0\n")
-        for method in matrix.methods:
-            for row in only(done["samples"], reward=reward, method=method, beta=beta):
+        for method in ("sft", *matrix.methods):
+            own = only(done["samples"], reward=reward, method=method)
+            for row in (row for row in own if row["beta"] in (None, beta)):
                 rates = f"oracle {row['oracle']:.2f}, model {row['rm']:.2f}"
                 text = f"{row['prompt']}**{row['completion']}**".replace("\n", " ")
                 lines.append(f"- {method}, {row['which']} ({rates}): {text}")

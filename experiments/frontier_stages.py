@@ -20,10 +20,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import train
-from data import InputError, get_encoding
+from data import InputError
 from experiments import frontier_measure as measure
 from experiments import reviews
 from experiments.frontier import (
@@ -35,11 +34,10 @@ from experiments.frontier import (
     SMOOTHING,
 )
 from experiments.frontier_corpus import corpus_rows
+from experiments.frontier_judge import CPU, JUDGE_SEED, Judges, density, from_grammar, read_rows
 
-SFT_SEED, JUDGE_SEED, POOL_SEED, LABEL_SEED = 11, 22, 33, 44  # which draws these are
+SFT_SEED, POOL_SEED, LABEL_SEED = 11, 33, 44  # which draws these are
 HELD_OUT = 500  # rows beside the training rows
-CPU = torch.device("cpu")
-DENSITY = 512  # completions of one prompt whose density ratio is told
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -47,10 +45,6 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     with train.replacing(path) as temporary:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         temporary.write_text(text, encoding="utf-8")
-
-
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def save_arrays(path: Path, **arrays) -> None:
@@ -82,7 +76,7 @@ def stage(out: Path, argv: list) -> None:
 def make_sft(out: Path, name: str, spec: dict) -> dict:
     folder, n, seed = out / "runs" / name, spec["sft_rows"], spec["seed"]
     # seeds read different reviews, and widths the same
-    if spec["encoding"].startswith("experiments.reviews"):
+    if from_grammar(spec):
         rows = reviews.rows(n + HELD_OUT, seed)
     else:
         rows = corpus_rows(n + HELD_OUT, seed)
@@ -211,47 +205,7 @@ def make_rm(out: Path, name: str, spec: dict) -> dict:
 # What policies are compared with
 
 
-class Judges:
-    """The oracle and, where there is one, the reward model; sft's draws and the chosen texts on the
-    held-out prompts, rated by each."""
-
-    def __init__(self, out: Path, spec: dict):
-        labels = f"labels-{spec['reward']}-s{spec['seed']}-w{spec['n_embd']}"
-        self.rewards = {"oracle": train.load_reward(REWARDS[spec["reward"]], CPU)}
-        self.held = {"oracle": dict(np.load(out / "runs" / labels / "rewards.npz"))}
-        if spec["rm"]:
-            # all policies by the model of all pairs, also those that learned from fewer
-            whole = f"rm-{spec['reward']}-s{spec['seed']}"
-            self.rewards["rm"] = train.load_reward(str(out / "runs" / whole), CPU)
-            self.held["rm"] = dict(np.load(out / "runs" / whole / "rewards.npz"))
-        pairs = read_rows(out / "runs" / labels / "judge-pairs.jsonl")
-        prompts = read_rows(out / "runs" / spec["sft"] / "judge.jsonl")
-        own: dict[str, list[int]] = {row["prompt"]: [] for row in prompts}
-        for i, pair in enumerate(pairs):
-            own[pair["prompt"]].append(i)
-        self.chosen = [own[row["prompt"]] for row in prompts]  # pairs of each prompt
-
-    def wins(self, judge: str, values: np.ndarray) -> dict[str, np.ndarray]:
-        """{win_JUDGE_sft, win_JUDGE_chosen}, each (P, n): 1 for a win, a tie is half."""
-        held = self.held[judge]
-        chosen = [
-            measure.win_values(v[None], held["chosen"][ids][None])[0]
-            if ids
-            else np.full(len(v), np.nan)
-            for v, ids in zip(values, self.chosen, strict=True)
-        ]
-        won = {f"win_{judge}_sft": measure.win_values(values, held["judge"])}
-        return won | {f"win_{judge}_chosen": np.array(chosen)}
-
-    def values(self, rated: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All that is averaged over completions: rewards and wins."""
-        out = dict(rated)
-        for judge, values in rated.items():
-            out |= self.wins(judge, values)
-        return out
-
-
-def make_limits(out: Path, name: str, spec: dict) -> dict:
+def make_limits(out: Path, _: str, spec: dict) -> dict:
     judges = Judges(out, spec)
     values = judges.values({judge: held["pool"] for judge, held in judges.held.items()})
     keep = {k: v for k, v in values.items() if not np.isnan(v).any()}
@@ -262,9 +216,13 @@ def make_limits(out: Path, name: str, spec: dict) -> dict:
         ],
         "best_of_n": [],
     }
-    for method, judge in (("best-of-n", "rm"), ("best-of-n-oracle", "oracle")):
-        if judge in judges.held:
-            score = judges.held[judge]["pool"]
+    sft, ckpt = train.load_gpt(out / "runs" / spec["sft"])
+    draws = judges.draw(sft, ckpt["encoding"])
+    result["sft"] = judges.judge(sft, sft, draws)
+    result["samples"] = judges.samples(sft, ckpt["encoding"], draws)
+    for method, name in (("best-of-n", "rm"), ("best-of-n-oracle", "oracle")):
+        if name in judges.held:
+            score = judges.held[name]["pool"]
             for n in [n for n in BEST_OF if n <= score.shape[1]]:
                 result["best_of_n"].append(
                     {"method": method, "n": n, **measure.best_of_n(score, n, keep)}
@@ -309,38 +267,6 @@ def policy_argv(out: Path, spec: dict) -> list:
     return [*argv, "--online", "--beta_pi", 1.0, "--beta_r", beta]
 
 
-def judge(gpt, sft, encoding: str, judges: Judges, prompts: list[str], n: int, spec: dict) -> dict:
-    """A row of results: n draws for each prompt, judged. The draws are under "draws"."""
-    seed = 1000 * spec["seed"] + JUDGE_SEED
-    drawn = measure.draw(gpt, encoding, prompts, n, spec["new"], seed)
-    rated = {name: drawn.rate(reward) for name, reward in judges.rewards.items()}
-    values = judges.values(rated) | measure.token_kl(gpt, sft, drawn.groups)
-    row = {}
-    for name, x in values.items():
-        whole = x[~np.isnan(x).any(1)]
-        row[name], row[f"{name}_stderr"] = measure.mean_stderr(whole)
-    texts = [y for ys in drawn.texts for y in ys]
-    row["distinct"] = len(set(texts)) / len(texts)
-    if spec["encoding"].startswith("experiments.reviews"):
-        odds = [reviews.log_odds(p + y) for p, y in zip(*drawn.flat(), strict=True)]
-        whole = [x for x in odds if x is not None]
-        row["producible"] = len(whole) / len(odds)
-        row["praise"] = sum(x > 0 for x in whole) / max(1, len(whole))
-    return row | {"draws": (drawn, rated)}
-
-
-def samples(drawn, rated: dict) -> list[dict]:
-    """The best, a middling and the worst completion by the oracle, and the first one drawn."""
-    prompts, texts = drawn.flat()
-    order = np.argsort(rated["oracle"].flatten(), kind="stable")
-    which = {"best": order[-1], "middle": order[len(order) // 2], "worst": order[0], "first": 0}
-    return [
-        {"which": k, "prompt": prompts[i], "completion": texts[i]}
-        | {judge: float(x.flatten()[i]) for judge, x in rated.items()}
-        for k, i in which.items()
-    ]
-
-
 @contextlib.contextmanager
 def watched(argv: list, look, steps):
     """The stage that argv asks for also writes what look(gpt, step) says at its evaluations."""
@@ -363,47 +289,24 @@ def make_policy(out: Path, name: str, spec: dict) -> dict:
     folder, argv = out / "runs" / name, policy_argv(out, spec)
     judges = Judges(out, spec)
     sft, ckpt = train.load_gpt(out / "runs" / spec["sft"])
-    prompts = [r["prompt"] for r in read_rows(out / "runs" / spec["sft"] / "judge.jsonl")]
 
     def look(gpt, step: int) -> dict:
         """Between the first step and the last, half of the final judgement."""
-        few = max(1, spec["judged"][1] // 2)
-        row = judge(gpt, sft, ckpt["encoding"], judges, prompts, few, spec)
-        return {k: v for k, v in row.items() if k != "draws"}
+        return judges.judge(gpt, sft, judges.draw(gpt, ckpt["encoding"], parts=2))
 
     with watched(argv, look, range(1, policy_steps(spec))):
         stage(folder, argv)
     gpt, _ = train.load_gpt(folder)
-    row = judge(gpt, sft, ckpt["encoding"], judges, prompts, spec["judged"][1], spec)
-    result = {"samples": samples(*row.pop("draws")), "path": []}
+    draws = judges.draw(gpt, ckpt["encoding"])
+    result = {"samples": judges.samples(gpt, ckpt["encoding"], draws), "path": []}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         if "judged" in record:
             result["path"].append({"step": record["step"], **record["judged"]})
-    result["path"].append({"step": policy_steps(spec), **row})
+    result["path"].append({"step": policy_steps(spec), **judges.judge(gpt, sft, draws)})
     if spec["method"] in ("exo-rw-oracle", "dpo-rw-oracle", "exo-pref", "dpo-pref"):
         result["density"] = density(out, spec, gpt, sft, judges)
     return result
-
-
-def density(out: Path, spec: dict, gpt, sft, judges: Judges) -> dict | None:
-    """On one held-out prompt: log pi/sft of sft's pool, beside log pi*/sft = r / beta - log Z."""
-    if spec["seed"] != 0 or spec["n_pairs"]:
-        return None
-    row = read_rows(out / "runs" / spec["sft"] / "pool.jsonl")[0]
-    spell = get_encoding(spec["encoding"])
-    builder = measure.Builder(spec["block_size"], spell.eot_token, measure.Report())
-    prompt = spell.encode_ordinary(row["prompt"])
-    room = spec["block_size"] - len(prompt)  # broken bytes are spelled longer when read again
-    ids = [spell.encode_ordinary(y)[:room] for y in row["completions"][:DENSITY]]
-    builder.put(prompt, ids, row["ended"][:DENSITY])
-    groups = builder.groups()
-    ratio = measure.sequence_logps(gpt, groups) - measure.sequence_logps(sft, groups)
-    oracle = judges.held["oracle"]["pool"][0]
-    log_z = float(np.logaddexp.reduce(oracle / spec["beta"]) - np.log(len(oracle)))
-    out_of = {"prompt": row["prompt"], "log_ratio": ratio[0].round(4).tolist()}
-    best = oracle[: len(ratio[0])] / spec["beta"] - log_z
-    return out_of | {"log_ratio_optimum": best.round(4).tolist()}
 
 
 MAKERS = {

@@ -177,14 +177,16 @@ def test_at_kl_is_linear_in_the_root_and_never_extrapolates():
 def test_calibration_compares_gains_at_equal_kl(tmp_path):
     """Frontiers that are straight in the root of KL: slopes 4 (optimum), 3 and 2 from sft at -1, so
     that the gains at KL 0.25 are 2, 1.5 and 1. A width whose DPO never gets there is left out."""
-    done = {"optimum": [], "best_of_n": [], "rows": [], "settings": {"least_ess": 20}}
+    done = {"optimum": [], "best_of_n": [], "rows": [], "start": []}
+    done["settings"] = {"least_ess": 20}
     for seed, width in itertools.product((0, 1), (4, 8)):
         who = {"reward": "sentiment", "seed": seed, "n_embd": width}
         done["optimum"].append({**who, "beta": 2.0, "kl": 4.0, "oracle": 7.0, "ess": 99})
         for name in ("best-of-n", "best-of-n-oracle"):
-            sft = {"method": name, "n": 1, "kl": 0.0, "oracle": -1.0}
-            done["best_of_n"].append({**who, **sft})
-        for method, kl, oracle in (("exo", 1.0, 2.0), ("dpo", 0.25 if width == 8 else 0.01, 0.0)):
+            sft = {**who, "kl": 0.0, "oracle": -1.0}
+            done["best_of_n"].append({**sft, "method": name, "n": 1})
+        done["start"].append({**sft, "oracle": -1.5})  # what it is with the policies' numbers
+        for method, kl, oracle in (("exo", 1.0, 1.5), ("dpo", 0.25 if width == 8 else 0.01, -0.5)):
             end = {"method": f"{method}-rw-oracle", "beta": 2.0, "n_pairs": None, "last": True}
             done["rows"].append({**who, **end, "kl": kl, "oracle": oracle})
     matrix = replace(TINY, seeds=2)
