@@ -30,16 +30,15 @@ Choices and simplifications:
   log((1 - e) / e) / beta_pi. With the paper's e = 1e-3 and beta_pi = beta log((1 - e) / e) / 2 that
   is Bradley-Terry's d / beta for close pairs, and at most 2 / beta for others. Nobody is compared
   at equal beta, but at equal KL.
-- All read the same number of completions per step, for the same number of steps; ppo passes over
-  its own PPO_EPOCHS times and takes so many times the steps, so that it draws as many as the others
-  on their own. A reward model's rewards spread less than the oracle's, so that with it the same
-  beta means less pull.
+- All read the same number of completions per step, and as many in all; ppo, which passes over its
+  own PPO_EPOCHS times, takes PPO_EPOCHS times the steps. A reward model's rewards spread less than
+  the oracle's, so that with it the same beta means less pull.
 - EXO and DPO have the same learning rate where they learn from the same, the one that --tune found
-  best for the two together, on a seed of its own (data, sft, labels, judged prompts) at the two
-  middle betas: the highest share of what the optimum gains in oracle reward - beta KL, mean over
-  betas and rewards. It tries RATES, and LADDER beyond them while the best is the first or the last.
-  One seed: differences of a few hundredths there are noise. A narrower model's rate is larger by as
-  much as it is narrower. QUICK and real text take the same.
+  best for the two together, on a seed of its own (data, sft, labels, judged prompts) at two betas:
+  the highest share of what the optimum gains in oracle reward - beta KL, mean over betas and
+  rewards. It tries RATES, and LADDER beyond them while the best is the first or the last. One seed:
+  differences of a few hundredths there are noise. A narrower model's rate is larger by as much as
+  it is narrower. QUICK and real text take the same.
 - Each seed has its own data, sft, labels and reward models. Standard errors are over seeds.
 - All policies are judged on the first clauses of the same held-out reviews, with the same uniform
   numbers. Some of these clauses occur in other reviews too.
@@ -94,7 +93,7 @@ class Matrix:
     K: int = 8  # completions of each
     groups: int = 8  # groups per step: 8 of 8 completions, or 32 pairs
     steps: int = 240  # for ppo times its passes
-    evals: int = 3  # evaluations along the way, the last one included
+    evals: int = 2  # evaluations along the way, the last one included
     rm_iters: int = 500  # and at most eight times through the pairs
     judged: tuple = (64, 16)  # held-out prompts, and completions of each, that judge a policy
     pool: int = 1024  # completions of each of them from sft, for the optimum and best-of-n
@@ -117,7 +116,7 @@ METHODS = {  # name: (stage, what it learns from)
     "ppo": ("ppo", "own"),
 }
 SMOOTHING = 1e-3  # exo-pref's; see the top
-PPO_EPOCHS = 4
+PPO_EPOCHS = 2
 CALIBRATION = ("exo-rw-oracle", "dpo-rw-oracle")
 LEARNING_RATE = {  # of families, by --tune; the reward model's was not swept
     "pref": 1e-4,
@@ -137,12 +136,12 @@ SMALL_KL = 0.05  # where calibration is read, beside BUDGETS
 BUDGETS = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0)  # KLs at which methods are compared
 
 FULL = Matrix(
-    betas=(("sentiment", (16.0, 4.0, 2.0, 0.5)), ("conviction", (8.0, 2.0, 1.0, 0.25))),
+    betas=(("sentiment", (8.0, 2.0, 0.5)), ("conviction", (4.0, 1.0, 0.25))),
     methods=tuple(METHODS),
 )
 TUNE = replace(
     FULL,
-    betas=tuple((reward, betas[1:3]) for reward, betas in FULL.betas),
+    betas=(("sentiment", (4.0, 2.0)), ("conviction", (2.0, 1.0))),
     rates=tuple((method, RATES) for method in METHODS),
     seeds=1,
     first_seed=TUNING_SEED,
@@ -151,7 +150,6 @@ TUNE = replace(
 )
 QUICK = replace(
     FULL,
-    betas=tuple((reward, betas[1:]) for reward, betas in FULL.betas),
     seeds=1,
     widths=(),
     pairs=(),
@@ -159,7 +157,6 @@ QUICK = replace(
     sft_iters=2500,
     prompts=800,
     steps=100,
-    evals=2,
     rm_iters=250,
     judged=(32, 16),
     pool=512,
@@ -179,6 +176,8 @@ class Piece:
     needs: tuple[str, ...] = ()
 
 
+VERSION = 2  # of what makers do and return: pieces of another are made anew
+
 # fields that say which pieces there are; the others say how each is made
 WHICH = ("betas", "methods", "seeds", "first_seed", "rates", "widths")
 WHICH += ("pairs", "efficiency", "efficiency_rewards")
@@ -194,6 +193,7 @@ def plan(matrix: Matrix) -> dict[str, Piece]:
     how = asdict(matrix)
     for name in WHICH:
         del how[name]
+    how["made_with"] = [VERSION, SMOOTHING, PPO_EPOCHS, BEST_OF, OPTIMUM_BETAS]
     if not matrix.source:
         del how["source"]
     pieces: dict[str, Piece] = {}
@@ -294,9 +294,8 @@ def work(out: Path, piece: Piece, key: str) -> str:
     return piece.name
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent: int) -> None:
     """A worker's watch: it ends when the process that started it is gone, however it went."""
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -321,8 +320,8 @@ def run_pieces(out: Path, pieces: dict[str, Piece], jobs: int) -> None:
                 work(out, piece, key[piece.name])
                 bar.update()
             return
-        spawn = get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=end_with_parent) as pool:
+        watch = {"initializer": end_with_parent, "initargs": (os.getpid(),)}
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), **watch) as pool:
             running = {}
             try:
                 while todo or running:
@@ -357,13 +356,15 @@ def run(out: Path, matrix: Matrix, jobs: int, only_report: bool = False) -> dict
     if not matrix.rates:
         return frontier_report.report(out, matrix, pieces)
     done, rates = frontier_report.tuning(out, matrix, pieces), dict(matrix.rates)
+    if only_report:
+        return done
     for method in matrix.methods:
         best = done["chosen"][family(method)]
         for edge, step in ((min, -1), (max, 1)):
             there = LADDER.index(best) + step
             if best == edge(rates[method]) and 0 <= there < len(LADDER):
                 rates[method] = tuple(sorted((*rates[method], LADDER[there])))
-    if rates == dict(matrix.rates) or only_report:
+    if rates == dict(matrix.rates):
         return done
     return run(out, replace(matrix, rates=tuple(rates.items())), jobs)
 

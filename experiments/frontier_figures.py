@@ -57,6 +57,11 @@ def sft_point(done: dict, quantity: str = "oracle", **where) -> np.ndarray:
     )[:1]
 
 
+def judged_sft(done: dict, **where) -> np.ndarray:
+    """sft's draws with the random numbers of the policies': where their frontiers begin."""
+    return mean_curve(only(done["start"], **where), "n_embd")
+
+
 def method_curve(done: dict, method: str, **where) -> np.ndarray:
     """A method's mean frontier, beginning at sft."""
     if method == "optimum":
@@ -69,8 +74,7 @@ def method_curve(done: dict, method: str, **where) -> np.ndarray:
     else:
         rows = only(done["rows"], method=method, last=True, n_pairs=None, **where)
         points = mean_curve(rows, "beta")
-        start = mean_curve(only(done["start"], **where), "n_embd")  # one point: where has it
-        return np.concatenate([start, points]) if len(points) else points
+        return np.concatenate([judged_sft(done, **where), points]) if len(points) else points
     return np.concatenate([sft_point(done, **where), points]) if len(points) else points
 
 
@@ -165,7 +169,7 @@ def mean_path(done: dict, rows: list[dict], **where) -> np.ndarray:
     for step in sorted({row["step"] for row in rows}):
         at = only(rows, step=step)
         points.append([np.mean([row[k] for row in at]) for k in ("kl", "oracle")])
-    return np.concatenate([sft_point(done, **where)[:, :2], np.array(points)])
+    return np.concatenate([judged_sft(done, **where)[:, :2], np.array(points)])
 
 
 def draw_density(plt, done: dict, matrix, reward: str, path: Path) -> None:
@@ -214,7 +218,7 @@ def draw_efficiency(plt, done: dict, matrix, path: Path) -> None:
         best = only(done["matched"], reward=reward, kl=kl, method="optimum")
         if best:
             axis.axhline(best[0]["oracle"], color=INK, lw=2, label="the optimum π*")
-        for start in sft_point(done, reward=reward, n_embd=matrix.n_embd)[:, 1]:
+        for start in judged_sft(done, reward=reward, n_embd=matrix.n_embd)[:, 1]:
             axis.axhline(start, color=GREY, lw=1, ls=":", label="sft")
         axis.set_xscale("log", base=2)
         axis.set_xlabel("labelled pairs")
@@ -250,11 +254,12 @@ def draw_calibration(plt, done: dict, matrix, path: Path) -> None:
 
 
 def draw_shares(axis, rows: list[dict], widths: list[int]) -> None:
-    """Each method's share of the optimum's gain, at the smallest and the largest KL that all runs
-    of all widths reach."""
+    """Each method's share of the optimum's gain, at the smallest and the largest of the KLs that
+    most runs reach."""
     reached = {kl: len(only(rows, kl=kl)) for kl in sorted({row["kl"] for row in rows})}
     all_there = [kl for kl in reached if reached[kl] == max(reached.values())]
-    for kl, line in zip((all_there[0], all_there[-1]), ("-", "--"), strict=True):
+    ends = dict.fromkeys((all_there[0], all_there[-1]))
+    for kl, line in zip(ends, ("-", "--"), strict=False):
         for method in CALIBRATION:
             points = over_width(only(rows, kl=kl), widths, lambda r, m=method: r[m] / r["optimum"])
             look = style(method) | {"ls": line, "mfc": "white" if line == "--" else color(method)}

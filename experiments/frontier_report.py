@@ -220,29 +220,36 @@ def table(done: dict, matrix: Matrix) -> str:
     note = (
         "Mean ± standard error over seeds (0 where there is one). Every number is read off a "
         "frontier over beta at this KL, interpolated in its square root; best-of-n at its bound. "
-        "A dash: no seed's frontier gets there.\n"
+        "A dash: no seed's frontier gets there. The optimum and best-of-n begin at the mean of "
+        "sft's pool, trained methods at sft's draws with the same random numbers as theirs.\n"
     )
     return note + "\n".join(lines) + "\n"
 
 
+def marked(row: dict) -> str:
+    """A sample on one line of Markdown, the completion in bold."""
+    completion = " ".join(row["completion"].split()).replace("|", "\\|")
+    return f"{row['prompt']} **{completion}**" if completion else f"{row['prompt']} *(nothing)*"
+
+
 def text_samples(done: dict, matrix: Matrix) -> str:
-    """Markdown: what policies write, good and bad, at their second beta."""
+    """Markdown: what policies write, good and bad, at a middle beta."""
     lines = []
     for reward, betas in matrix.betas:
-        beta = betas[min(1, len(betas) - 1)]
+        beta = betas[len(betas) // 2]
         lines.append(f"\n## {reward}, beta {beta:g}, seed 0\n")
         for method in ("sft", *matrix.methods):
             own = only(done["samples"], reward=reward, method=method)
             for row in (row for row in own if row["beta"] in (None, beta)):
                 rates = f"oracle {row['oracle']:.2f}, model {row['rm']:.2f}"
-                text = f"{row['prompt']}**{row['completion']}**".replace("\n", " ")
-                lines.append(f"- {method}, {row['which']} ({rates}): {text}")
+                lines.append(f"- {method}, {row['which']} ({rates}): {marked(row)}")
     return "\n".join(lines) + "\n"
 
 
 def tuning(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
     """What each method reaches at each learning rate: the share of what the optimum gains over sft
-    in oracle reward - beta KL."""
+    in oracle reward - beta KL. (sft's mean is that of its pool, a little off for the policies'
+    random numbers: the same for all rates.)"""
     found, rows, key = {}, [], keys(pieces)
     for name, piece in pieces.items():
         result, spec = load_piece(out, name, key[name]), piece.spec
@@ -251,7 +258,7 @@ def tuning(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
         where = {k: spec[k] for k in ("reward", "rate", "beta") if k in spec}
         if piece.make == "limits":
             found[spec["reward"]] = result
-        elif piece.make == "policy":
+        elif piece.make == "policy" and spec["reward"] in found:
             limits, row, beta = found[spec["reward"]], result["path"][-1], spec["beta"]
             (best,) = only(limits["optimum"], beta=beta)
             start = limits["best_of_n"][0]["oracle"]
@@ -262,7 +269,9 @@ def tuning(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
     for name in dict.fromkeys(family(row["method"]) for row in rows):
         own = [row for row in rows if family(row["method"]) == name]
         tried = dict.fromkeys(row["rate"] for row in sorted(own, key=lambda row: row["rate"]))
-        score = {r: mean_se([x["score"] for x in only(own, rate=r)])[0] for r in tried}
+        count = {rate: len(only(own, rate=rate)) for rate in tried}
+        whole = [rate for rate in tried if count[rate] == max(count.values())]
+        score = {r: mean_se([x["score"] for x in only(own, rate=r)])[0] for r in whole}
         chosen[name] = max(score, key=score.get)
         print(f"{name:10}", *(f"{r:g}: {x:+.3f} " for r, x in score.items()), chosen[name])
     done = {"settings": asdict(matrix), "rows": rows, "chosen": chosen}

@@ -4,7 +4,8 @@ How each piece of the frontier is made: files for a stage of train.py, the stage
     sft      data -> train.py sft -> completions of the training prompts and of the held-out ones
     labels   the oracle's rewards of all completions, and Bradley-Terry labels for pairs of them
     rm       train.py reward on the pairs -> its rewards of all completions
-    limits   the optimum's frontier and best-of-n, from a large pool of sft's completions
+    limits   the optimum's frontier and best-of-n, from a large pool of sft's completions; sft
+             judged as the policies are
     policy   train.py exo, dpo or ppo -> draws on the held-out prompts, by oracle and model
 
 A maker takes (OUT, the piece's name, its settings) and returns what its file will hold. Files live
@@ -52,15 +53,25 @@ def save_arrays(path: Path, **arrays) -> None:
         np.savez(file, **arrays)
 
 
+class Tee(io.StringIO):
+    """Keeps what is written, and passes it on."""
+
+    def __init__(self, stream):
+        super().__init__()
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(text)
+        self.stream.flush()
+        return super().write(text)
+
+
 def stage(out: Path, argv: list) -> None:
     """Run a stage of train.py into `out`, or go on where it was stopped there."""
     argv = [*map(str, argv), "--out", str(out), "--device", "cpu"]
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            status = train.main(argv + ["--resume"] * (out / "ckpt.pt").exists())
-    finally:
-        sys.stderr.write(said.getvalue())
+    said = Tee(sys.stderr)
+    with contextlib.redirect_stderr(said):
+        status = train.main(argv + ["--resume"] * (out / "ckpt.pt").exists())
     if status > 128:
         raise KeyboardInterrupt
     if status:
@@ -80,6 +91,8 @@ def make_sft(out: Path, name: str, spec: dict) -> dict:
         rows = reviews.rows(n + HELD_OUT, seed)
     else:
         rows = corpus_rows(n + HELD_OUT, seed)
+    if len(rows) < spec["prompts"] + HELD_OUT:
+        raise InputError(f"{len(rows)} sentences are too few: {spec['prompts'] + HELD_OUT} needed")
     held = rows[-HELD_OUT:]
     write_rows(folder / "sft.jsonl", rows[:-HELD_OUT])
     write_rows(folder / "held_out.jsonl", held)
@@ -94,8 +107,6 @@ def make_sft(out: Path, name: str, spec: dict) -> dict:
     gpt, ckpt = train.load_gpt(folder)
     rng = random.Random(seed)
     P, n_judged = spec["prompts"], spec["judged"][0]
-    if len(rows) < P + HELD_OUT:
-        raise InputError(f"{len(rows)} sentences are too few: {P + HELD_OUT} are needed")
     prompts = [row["prompt"] for row in rng.sample(rows[:-HELD_OUT], P)]
     judged = [row["prompt"] for row in held[:n_judged]]
     draws = {

@@ -7,9 +7,13 @@ tests/test_readme.py fails while the two disagree.
 """
 
 import functools
+import itertools
 import json
 import statistics
 from pathlib import Path
+
+from experiments.frontier import CALIBRATION
+from experiments.frontier_report import marked, only
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -124,9 +128,17 @@ def text_methods(done: dict) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in done["matched"]))
 
 
-def text_world(reward: str) -> str:
+def seeded(row: dict, name: str, all_seeds: int) -> str:
+    """Mean ± standard error, which one seed has not; and how many seeds, where some are missing."""
+    seeds = row.get("seeds", all_seeds)
+    error = f" ± {row[name + '_se']:.2f}" if seeds > 1 else ""
+    few = f" ({seeds} of {all_seeds})" if seeds < all_seeds else ""
+    return f"{row[name]:.2f}{error}{few}"
+
+
+def text_world(reward: str, folder: str = "frontier") -> str:
     """Oracle reward read off each method's frontier at each KL, and the highest that it reached."""
-    done, out = read("frontier/results.json"), []
+    done, out = read(f"{folder}/results.json"), []
     rows = {(r["method"], r["kl"]): r for r in done["matched"] if r["reward"] == reward}
     budgets = sorted({kl for _, kl in rows})
     ends = {row["method"]: row for row in done["reach"] if row["reward"] == reward}
@@ -135,14 +147,9 @@ def text_world(reward: str) -> str:
         cells = []
         for kl in budgets:
             row = rows.get((method, kl))
-            if not row:
-                cells.append("–")
-                continue
-            error = f" ± {row['oracle_se']:.2f}" if row["seeds"] > 1 else ""
-            few = f" ({row['seeds']} of {all_seeds})" if row["seeds"] < all_seeds else ""
-            cells.append(f"{row['oracle']:.2f}{error}{few}")
+            cells.append(seeded(row, "oracle", all_seeds) if row else "–")
         end = ends.get(method)
-        last = f"{end['oracle']:.2f} ± {end['oracle_se']:.2f} at {end['kl']:.1f}" if end else ""
+        last = f"{seeded(end, 'oracle', all_seeds)} at {end['kl']:.1f}" if end else ""
         out.append([method, *cells, last])
     return markdown([reward, *(f"KL {kl:g}" for kl in budgets), "highest, at KL"], out)
 
@@ -164,33 +171,52 @@ def text_leads(reward: str) -> str:
 def text_calibration() -> str:
     """With the oracle, at small KL: shares of the optimum's gain over sft, and EXO's lead."""
     done, out = read("frontier/results.json"), []
-    exo, dpo = "exo-rw-oracle", "dpo-rw-oracle"
-    rows = done["calibration"]
+    (exo, dpo), rows = CALIBRATION, done["calibration"]
+    all_seeds = done["settings"]["matrix"]["seeds"]
     places = dict.fromkeys((row["reward"], row["n_embd"], row["kl"]) for row in rows)
     for place in sorted(places, key=lambda place: (place[0] != "sentiment", -place[1], place[2])):
-        own = [row for row in rows if (row["reward"], row["n_embd"], row["kl"]) == place]
-        if place[2] > CALIBRATED or len(own) < 2:
+        reward, width, kl = place
+        own = only(rows, reward=reward, n_embd=width, kl=kl)
+        if kl > CALIBRATED or len(own) < 2:
             continue
+        few = f" ({len(own)} of {all_seeds} seeds)" if len(own) < all_seeds else ""
         shares = [spread([100 * row[m] / row["optimum"] for row in own], 0) for m in (exo, dpo)]
         lead = [row[exo] - row[dpo] for row in own]
         error = T95[len(own)] * statistics.stdev(lead) / len(own) ** 0.5
-        gain = spread([row["optimum"] for row in own], 2)
-        reward, width, kl = place
-        cells = [f"{reward}, n_embd {width}", f"{kl:g}", gain, *(f"{s} %" for s in shares)]
+        cells = [f"{reward}, n_embd {width}{few}", f"{kl:g}"]
+        cells += [spread([row["optimum"] for row in own], 2), *(f"{s} %" for s in shares)]
         out.append([*cells, f"{statistics.mean(lead):+.2f} ± {error:.2f}"])
-    return markdown(["", "KL", "the optimum's gain", exo, dpo, "lead, 95 % interval"], out)
+    head = ["", "KL", "π\\* gains", f"share of {exo}", f"of {dpo}", "lead, 95 % interval"]
+    return markdown(head, out)
 
 
 def text_wins(reward: str, budget: float) -> str:
     """Win rates at one KL, by the oracle and by the reward model."""
     done, out = read("frontier/results.json"), []
+    all_seeds = done["settings"]["matrix"]["seeds"]
     columns = ("win_oracle_sft", "win_rm_sft", "win_oracle_chosen", "win_rm_chosen")
     for row in done["matched"]:
         if (row["reward"], row["kl"]) == (reward, budget):
-            cells = (f"{row[c]:.2f} ± {row[c + '_se']:.2f}" if c in row else "–" for c in columns)
+            cells = (seeded(row, c, all_seeds) if c in row else "–" for c in columns)
             out.append([row["method"], *cells])
     names = ("beats sft: oracle", "by model", "beats chosen: oracle", "by model")
     return markdown([f"{reward}, KL {budget:g}", *names], out)
+
+
+SHOWN = ("sft", "exo-pref", "dpo-pref", "exo-online", "dpo-online", "ppo")
+
+
+def imdb_samples() -> str:
+    """What policies write after prompts of our own: best, middling and worst of a draw."""
+    done, out = read("imdb/results.json"), []
+    ((_, betas),) = done["settings"]["matrix"]["betas"]
+    for method, which in itertools.product(SHOWN, ("best", "middle", "worst")):
+        for row in only(done["samples"], method=method, which=which):
+            if row["beta"] in (None, betas[len(betas) // 2]):
+                out.append([f"{method}, {which}", f"{row['oracle']:+.1f}", marked(row)])
+    head = ["", "reward", "prompt and **completion**"]
+    lines = [head, ["---", "---:", "---"], *out]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def memory() -> str:
@@ -221,6 +247,8 @@ TABLES = {
     "leads sentiment": functools.partial(text_leads, "sentiment"),
     "leads conviction": functools.partial(text_leads, "conviction"),
     "calibration": text_calibration,
+    "imdb": functools.partial(text_world, "lexicon", "imdb"),
+    "imdb samples": imdb_samples,
     "wins": functools.partial(text_wins, "sentiment", 0.5),
 }
 
@@ -229,6 +257,7 @@ def fill(text: str) -> str:
     """The README with every table between its markers replaced."""
     for name, make in TABLES.items():
         start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+        assert start in text, f"README.md has no place for the table {name!r}"
         before, rest = text.split(start)
         text = before + start + make() + "\n" + end + rest.split(end)[1]
     return text
