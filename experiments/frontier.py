@@ -119,10 +119,10 @@ SMOOTHING = 1e-3  # exo-pref's; see the top
 PPO_EPOCHS = 2
 CALIBRATION = ("exo-rw-oracle", "dpo-rw-oracle")
 LEARNING_RATE = {  # of families, by --tune; the reward model's was not swept
-    "pref": 1e-4,
-    "rw": 3e-5,
-    "rw-oracle": 3e-5,
-    "online": 3e-3,
+    "pref": 3e-4,
+    "rw": 1e-4,
+    "rw-oracle": 1e-4,
+    "online": 1e-3,
     "ppo": 3e-4,
     "rm": 1e-3,
 }

@@ -168,6 +168,30 @@ def text_leads(reward: str) -> str:
     return markdown([f"{reward}: lead over its DPO", *(f"KL {kl:g}" for kl in budgets)], table)
 
 
+def text_forms() -> str:
+    """What policies write at each beta: share of well-formed texts and KL, mean over seeds; and the
+    share of praise among them, seed by seed, where conviction pulls hardest."""
+    done, out = read("frontier/results.json"), []
+    matrix = done["settings"]["matrix"]
+    where = {"n_embd": matrix["n_embd"]}
+    finals = only(done["rows"], last=True, n_pairs=None, **where)
+    places = [(reward, beta) for reward, betas in matrix["betas"] for beta in betas]
+    last = matrix["betas"][-1][0]
+    for method in ("sft", *matrix["methods"]):
+        cells = []
+        for reward, beta in places:
+            own = only(done["start"], reward=reward, **where)
+            if method != "sft":
+                own = only(finals, reward=reward, beta=beta, method=method)
+            shares, kls = ([row[k] for row in own] for k in ("producible", "kl"))
+            kl = f" at {statistics.mean(kls):.2f}" if method != "sft" else ""
+            cells.append(f"{100 * statistics.mean(shares):.0f} %{kl}")
+        modes = ", ".join(f"{100 * row['praise']:.0f}" for row in own)
+        out.append([method, *cells, modes])
+    head = [f"{reward}, β {beta:g}" for reward, beta in places]
+    return markdown(["well formed, at KL", *head, f"% praise, {last}, β {beta:g}, by seed"], out)
+
+
 def text_calibration() -> str:
     """With the oracle, at small KL: shares of the optimum's gain over sft, and EXO's lead."""
     done, out = read("frontier/results.json"), []
@@ -246,6 +270,7 @@ TABLES = {
     "text conviction": functools.partial(text_world, "conviction"),
     "leads sentiment": functools.partial(text_leads, "sentiment"),
     "leads conviction": functools.partial(text_leads, "conviction"),
+    "forms": text_forms,
     "calibration": text_calibration,
     "imdb": functools.partial(text_world, "lexicon", "imdb"),
     "imdb samples": imdb_samples,
