@@ -98,7 +98,10 @@ def kl_axis(axes, farthest: float) -> None:
     for axis in axes:
         axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         axis.set_xlim(0, right * 1.05)
-        ticks = [t for t in (0, 0.1, 0.25, 0.5, 1, 2, 3, 4, 6, 8) if t <= right * 1.05]
+        ticks = [0]
+        for t in (0.1, 0.25, 0.5, 1, 2, 3, 4, 6, 8):  # as many as there is room for
+            if t <= right * 1.05 and np.sqrt(t) - np.sqrt(ticks[-1]) > 0.09 * np.sqrt(right):
+                ticks.append(t)
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axis.set_xlabel("KL(π‖sft), nats")
         for line in axis.lines:
@@ -271,7 +274,8 @@ def draw_shares(axis, rows: list[dict], widths: list[int]) -> None:
 def draw_leads(axis, rows: list[dict], widths: list[int]) -> None:
     """EXO's lead over DPO at equal KL, over the width."""
     exo, dpo = CALIBRATION
-    for kl, marker in zip(sorted({row["kl"] for row in rows}), "osD^vPX", strict=False):
+    kls = sorted({row["kl"] for row in rows if row["kl"] <= 1})  # beyond, few arrive
+    for kl, marker in zip(kls, "osD^v", strict=False):
         points = over_width(only(rows, kl=kl), widths, lambda r: r[exo] - r[dpo])
         errorbar(axis, points, fmt=marker + "-", ms=5, label=f"KL {kl:g}")
     axis.axhline(0, color=GREY, lw=1)
