@@ -100,7 +100,7 @@ def kl_axis(axes, farthest: float) -> None:
         axis.set_xlim(0, right * 1.05)
         ticks = [0]
         for t in (0.1, 0.25, 0.5, 1, 2, 3, 4, 6, 8):  # as many as there is room for
-            if t <= right * 1.05 and np.sqrt(t) - np.sqrt(ticks[-1]) > 0.09 * np.sqrt(right):
+            if t <= right * 1.05 and np.sqrt(t) - np.sqrt(ticks[-1]) > 0.12 * np.sqrt(right):
                 ticks.append(t)
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axis.set_xlabel("KL(π‖sft), nats")
@@ -224,6 +224,7 @@ def draw_efficiency(plt, done: dict, matrix, path: Path) -> None:
         for start in judged_sft(done, reward=reward, n_embd=matrix.n_embd)[:, 1]:
             axis.axhline(start, color=GREY, lw=1, ls=":", label="sft")
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_xlabel("labelled pairs")
         axis.set_ylabel(f"oracle reward: {reward}, at KL {kl:g}")
         axis.legend(fontsize=9.5, loc="lower right", bbox_to_anchor=(1, 0.12))
