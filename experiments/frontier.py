@@ -154,11 +154,11 @@ QUICK = replace(
     widths=(),
     pairs=(),
     sft_rows=50_000,
-    sft_iters=2500,
-    prompts=800,
-    steps=100,
-    rm_iters=250,
-    judged=(32, 16),
+    sft_iters=2000,
+    prompts=512,
+    steps=64,
+    rm_iters=200,
+    judged=(32, 12),
     pool=512,
 )
 

@@ -39,12 +39,21 @@ SHOWN = (  # prompts of one's own for samples, so that no row of the corpus is i
     "in the end the",
 )
 BETAS = (("lexicon", (2.0, 1.0, 0.5)),)
+SIZE = {  # of a few thousand sentences; --quick changes the number of seeds alone
+    "sft_rows": 50_000,
+    "sft_iters": 1000,
+    "prompts": 800,
+    "steps": 100,
+    "rm_iters": 250,
+    "judged": (32, 16),
+    "pool": 128,
+    "new": 48,
+}
 
 
 def matrix(size):
-    """The same matrix for real text: one reward, no sweep of widths or labels; sft for 1,000 steps,
-    which is several times through a few thousand sentences; a quarter of the pool."""
-    own = {"encoding": "experiments.frontier_corpus:encoding", "new": 48, "sft_iters": 1000}
+    """The same matrix for real text: one reward, no sweep of widths or labels, one small SIZE."""
+    own = {"encoding": "experiments.frontier_corpus:encoding", **SIZE}
     digest = hashlib.sha256(repr((WORDS, PROMPT, LONGEST, SHOWN)).encode())
     for name in (CORPUS, LEXICON):
         digest.update(Path(file(name)).read_bytes())
@@ -53,7 +62,6 @@ def matrix(size):
         "betas": BETAS,
         "widths": (),
         "pairs": (),
-        "pool": size.pool // 4,
     }
     return replace(size, **own)
 
