@@ -92,7 +92,8 @@ def make_sft(out: Path, name: str, spec: dict) -> dict:
     else:
         rows = corpus_rows(n + HELD_OUT, seed)
     if len(rows) < spec["prompts"] + HELD_OUT:
-        raise InputError(f"{len(rows)} sentences are too few: {spec['prompts'] + HELD_OUT} needed")
+        few, need = len(rows), spec["prompts"] + HELD_OUT
+        raise InputError(f"the corpus has {few} usable sentences, give one with {need} or more")
     held = rows[-HELD_OUT:]
     write_rows(folder / "sft.jsonl", rows[:-HELD_OUT])
     write_rows(folder / "held_out.jsonl", held)

@@ -454,6 +454,34 @@ def test_real_text(tmp_path, monkeypatch):
     frontier_corpus.encoding.cache_clear()
 
 
+def test_real_text_runs_to_its_end_and_too_little_of_it_is_a_sentence(
+    tmp_path, monkeypatch, capsys
+):
+    """A tiny run on sentences of our own. The samples follow SHOWN; no row of the corpus is told."""
+    corpus, lexicon = tmp_path / "c.jsonl", tmp_path / "l.txt"
+    lexicon.write_text("good\t2.0\nbad\t-2.5\n")
+    words = ("good", "bad", "long", "dull", "red", "old", "new", "odd", "big")
+    texts = [f"we saw the {a} {b} {c} film." for a, b, c in itertools.product(words, repeat=3)]
+    flags = ["--quick", "--corpus", str(corpus), "--lexicon", str(lexicon), "--jobs", "1"]
+    for name in (frontier_corpus.CORPUS, frontier_corpus.LEXICON):
+        monkeypatch.setenv(name, "")  # the command sets them; this takes them back
+    for few in (9, len(texts)):
+        frontier_corpus.encoding.cache_clear()
+        frontier_corpus.sentences.cache_clear()
+        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:few]))
+        if few == 9:
+            assert frontier.main([*flags, "--out", str(tmp_path / "few")]) == 2
+            assert "the corpus has 9 usable sentences" in capsys.readouterr().err
+    small = {"widths": (), "pairs": (), "betas": (("lexicon", (1.0,)),)}
+    small["encoding"] = frontier_corpus.matrix(TINY).encoding
+    done = frontier.run(tmp_path / "out", replace(TINY, **small), jobs=1)
+    frontier_corpus.encoding.cache_clear()
+    frontier_corpus.sentences.cache_clear()
+    assert {row["method"] for row in done["samples"]} == {"sft", *frontier.METHODS}
+    assert {row["prompt"] for row in done["samples"]} <= set(frontier_corpus.SHOWN)
+    assert "we saw the" not in (tmp_path / "out" / "results.json").read_text()
+
+
 def test_committed_results_are_of_the_matrix_in_the_code():
     done = json.loads((ROOT / "assets" / "frontier" / "results.json").read_text())["settings"]
     assert done["matrix"] == json.loads(json.dumps(asdict(frontier.FULL)))
