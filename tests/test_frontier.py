@@ -457,7 +457,7 @@ def test_real_text(tmp_path, monkeypatch):
 def test_real_text_runs_to_its_end_and_too_little_of_it_is_a_sentence(
     tmp_path, monkeypatch, capsys
 ):
-    """A tiny run on sentences of our own. The samples follow SHOWN; no row of the corpus is told."""
+    """A tiny run on sentences of our own. Samples follow SHOWN; no row of the corpus is told."""
     corpus, lexicon = tmp_path / "c.jsonl", tmp_path / "l.txt"
     lexicon.write_text("good\t2.0\nbad\t-2.5\n")
     words = ("good", "bad", "long", "dull", "red", "old", "new", "odd", "big")
