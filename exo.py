@@ -204,8 +204,9 @@ def on_policy_target(
 
     With rho = pi (fresh draws) and beta_pi = 1 the expected gradient of exo_loss is exactly (K -
     1)/K times that of KL(pi || pi*) at beta = beta_r, for every K >= 2: REINFORCE with the group's
-    mean as its baseline. A stale rho brings back a bias of order 1/K. With beta_pi = 1 set beta_r
-    to the offline beta_r * beta_pi for the same optimum.
+    mean as its baseline, (K - 1)/K of RLOO, whose baseline is the mean of the others (Kool et al.
+    2019; Ahmadian et al. 2024, arXiv:2402.14740). A stale rho brings back a bias of order 1/K. With
+    beta_pi = 1 set beta_r to the offline beta_r * beta_pi for the same optimum.
     """
     return reward_target(rewards + beta_r * (ref_logps - snapshot_logps.detach()), beta_r, mask)
 

@@ -424,6 +424,61 @@ def test_each_fresh_group_is_reinforce_with_the_groups_mean_as_baseline():
     torch.testing.assert_close(rows.detach(), (cost - cost.mean(-1, keepdim=True)) / 4)
 
 
+def test_each_fresh_group_has_K_minus_1_over_K_of_rloo():
+    """REINFORCE that compares each draw with the mean of the *others* is on-policy EXO without its
+    factor: not on average but group by group."""
+    K, log_pi = 4, log_softmax(THETA)
+    ids = multisets(LOG_SFT, K)[0]
+    ref = exo.on_policy_ref(LOG_SFT, log_pi, 1.0)
+    target = exo.on_policy_target(REWARD[ids], LOG_SFT[ids], log_pi[ids], 0.5)
+    rows, _ = row_gradients(exo.exo_loss, THETA.clone().requires_grad_(), ids, 1.0, ref, target)
+    gain = (REWARD / 0.5 + LOG_SFT - log_pi)[ids]  # (r - beta log pi / sft) / beta
+    others = (gain.sum(-1, keepdim=True) - gain) / (K - 1)
+    torch.testing.assert_close(rows.detach(), (K - 1) / K * -(gain - others) / K)
+
+
+def test_at_K_2_fresh_dpo_is_exo_times_a_factor_of_the_gain_and_at_large_K_it_is_not():
+    """With fresh draws q is uniform. Of two, DPO pulls by tanh(D / 2) / 2 where EXO pulls by D / 4:
+    D is their difference in gain, so the same way, less for large D. That is why DPO seeks modes
+    there, too. Of many draws its mean gradient is the forward KL's, another direction."""
+    log_pi, beta = log_softmax(THETA), 0.5
+    gain = REWARD / beta + LOG_SFT - log_pi
+    ids = torch.tensor([[0, 1], [1, 2], [2, 0]])
+    target = exo.on_policy_target(REWARD[ids], LOG_SFT[ids], log_pi[ids], beta)
+    ref = exo.on_policy_ref(LOG_SFT, log_pi, 1.0)
+    pulls = [
+        row_gradients(loss, THETA.clone().requires_grad_(), ids, 1.0, ref, target)[0].detach()
+        for loss in (exo.exo_loss, exo.dpo_loss)
+    ]
+    D = (gain[ids[:, 0]] - gain[ids[:, 1]])[:, None]
+    torch.testing.assert_close(pulls[0], D / 4 * torch.tensor([[-1.0, 1.0]]))
+    torch.testing.assert_close(pulls[1], pulls[0] * (D / 2).tanh() / (D / 2))
+
+    ids, weights = multisets(log_pi, 64)
+    target = exo.on_policy_target(REWARD[ids], LOG_SFT[ids], log_pi[ids], beta)
+    theta = THETA.clone().requires_grad_()
+    grad = expected_gradient(theta, exo.dpo_loss, ids, weights, 1.0, ref, target).detach()
+    forward = gradient(lambda t: exo.kl(optimum(beta), log_softmax(t)), THETA)
+    reverse = reverse_kl_gradient(THETA, beta)
+    cosine = torch.nn.CosineSimilarity(dim=0)
+    assert cosine(grad, forward) > 0.999 > 0.99 > cosine(grad, reverse)
+
+
+@pytest.mark.parametrize("eps", [0.119, 1e-3])
+def test_two_completions_are_pulled_the_same_way_by_both_losses(eps):
+    """A pair has one margin, and both losses are least at the same one: they differ in how hard
+    they pull, not in which direction. Only over more completions, or on average, do they part."""
+    margins = torch.linspace(-6, 6, 25, dtype=torch.float64)
+    pulls = []
+    for loss in (exo.exo_loss, exo.dpo_loss):
+        x = margins.clone().requires_grad_()
+        pairs = torch.stack([x, torch.zeros_like(x)], dim=-1)
+        total = len(x) * loss(pairs, torch.zeros_like(pairs), exo.preference_target(eps))
+        pulls += torch.autograd.grad(total, x)
+    assert (pulls[0].sign() == pulls[1].sign()).all()
+    assert (pulls[0] - pulls[1]).abs().max() > 0.1
+
+
 def test_the_factor_is_exact_only_at_beta_pi_1():
     """With beta_pi != 1 fresh draws need importance weights (pi / sft)^(beta_pi - 1): the bias is
     back, it falls like 1/K, and the limit is grad KL(pi^{beta_pi} || pi*_{beta_r})."""
