@@ -135,7 +135,9 @@ class Settings:
     overwrite: bool = flag(False, "replace the run in --out")
     # toy
     seeds: int = flag(8, "toy: number of seeds")
-    sweep: bool = flag(False, "toy: also the sweeps over K, beta and n_embd (9 minutes)")
+    sweep: bool = flag(
+        False, "toy: also the curves over beta, n_embd, completions and gradients (minutes)"
+    )
 
     def __post_init__(self):
         self.out = self.out or f"out/{self.stage}"
@@ -1756,12 +1758,12 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(s.threads)
     try:
         if s.stage == "toy":
-            from experiments import toy
+            from experiments.toy.main import run
 
             if os.environ.get("WORLD_SIZE", "1") != "1":
                 raise InputError("toy runs in one process: start it without torchrun")
             make_folder(Path(s.out))
-            toy.run(s.out, s.seeds, s.sweep)
+            run(s.out, s.seeds, s.sweep)
             return 0
         out = Path(s.out)
         if (out / "ckpt.pt").exists() and not (s.resume or s.overwrite):

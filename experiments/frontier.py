@@ -52,12 +52,13 @@ import json
 import os
 import shutil
 import sys
-import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+
+from experiments.common import start_worker
 
 # --------------------------------------------------------------------------------------------------
 # The matrix
@@ -294,17 +295,6 @@ def work(out: Path, piece: Piece, key: str) -> str:
     return piece.name
 
 
-def end_with_parent(parent: int) -> None:
-    """A worker's watch: it ends when the process that started it is gone, however it went."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def run_pieces(out: Path, pieces: dict[str, Piece], jobs: int) -> None:
     """Make what is missing, `jobs` pieces at a time, each as soon as what it needs is there."""
     from tqdm import tqdm
@@ -320,7 +310,7 @@ def run_pieces(out: Path, pieces: dict[str, Piece], jobs: int) -> None:
                 work(out, piece, key[piece.name])
                 bar.update()
             return
-        watch = {"initializer": end_with_parent, "initargs": (os.getpid(),)}
+        watch = {"initializer": start_worker, "initargs": (os.getpid(),)}
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), **watch) as pool:
             running = {}
             try:

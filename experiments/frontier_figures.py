@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.common import GREY, INK, finish, mean_se, pyplot
 from experiments.frontier import CALIBRATION
-from experiments.toy import mean_se
-from experiments.toy_figures import GREY, INK, finish, pyplot
 
 COLORS = {"exo": "#d1495b", "dpo": "#2e6f9e", "ppo": "#3f8f5b", "best": "#c28a1c", "optimum": INK}
 SOURCES = {"pref": "^", "rw": "o", "oracle": "s", "online": "D", "n": "x", "ppo": "P"}

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from experiments import frontier_figures
+from experiments.common import mean_se, only
 from experiments.frontier import (
     BUDGETS,
     CALIBRATION,
@@ -28,7 +29,6 @@ from experiments.frontier import (
     load_piece,
 )
 from experiments.frontier_measure import at_kl
-from experiments.toy import mean_se
 from train import write_json
 
 QUANTITIES = {  # columns of the table
@@ -79,10 +79,6 @@ def collect(out: Path, matrix: Matrix, pieces: dict[str, Piece]) -> dict:
 
 # --------------------------------------------------------------------------------------------------
 # Curves
-
-
-def only(rows: list[dict], **where) -> list[dict]:
-    return [row for row in rows if all(row[k] == v for k, v in where.items())]
 
 
 def curve(done: dict, method: str, quantity: str = "oracle", **where) -> list[tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""The exact worlds: what is enumerated, summed and compared is what the plain loops say."""
+"""The exact world: what is enumerated, summed, trained and compared is what plain loops say."""
 
 import itertools
 import json
@@ -9,22 +9,38 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments import toy, toy_figures, toy_sweep, toy_worlds
+import exo
+from experiments import common
+from experiments.toy import fit, main, measures, sweep, worlds
 from model import GPT
 
-TINY = toy_worlds.Config(vocab_size=3, length=3, n_embd=2, steps=3, draws=512, starts=2, warmup=2)
-TINY_PICTURE = replace(TINY, vocab_size=8, length=2)
+TINY = worlds.Config(vocab_size=12, n_embd=3, steps=4, draws=128, warmup=2)
+SEEDS = [0, 1]
 
 
-def tiny_run(out, **kwargs):
-    return toy.run(out, numbers=TINY, picture=TINY_PICTURE, **kwargs)
+def in_turn(job, jobs):
+    return [job(*args) for args in jobs]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the workers: tensors this small only wait for a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return fit.prepare(TINY, SEEDS)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One tiny run of everything, without figures' help: (folder, results)."""
+    """One tiny run with two processes: (folder, results)."""
     out = tmp_path_factory.mktemp("toy") / "deep" / "out"
-    return out, tiny_run(out, seeds=2, sweep=True)
+    return out, main.run(out, seeds=2, config=TINY)
 
 
 def random_logps(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -32,80 +48,49 @@ def random_logps(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64).mul(2).log_softmax(dim=-1)
 
 
+# --------------------------------------------------------------------------------------------------
+# The world
+
+
 def test_enumeration_equals_reading_every_string():
     """Each string's log-prob, model by model, is what the GPT says that reads this string alone."""
-    space = toy_worlds.Space(TINY)
-    weights = space.weights([torch.Generator().manual_seed(seed) for seed in (0, 1)])
+    config = replace(TINY, vocab_size=4)
+    space = worlds.Space(config)
+    weights = space.weights(worlds.generators(SEEDS, "weights"))
     weights = {name: 20 * w + 0.1 for name, w in weights.items()}  # far from uniform
-    with toy.sdpa_kernel(toy.SDPBackend.MATH):
-        logps = space.exact(weights)
+    logps = space.exact(weights)
     assert torch.allclose(logps.exp().sum(dim=-1), torch.ones(2, dtype=torch.float64))
-    for model in range(2):
+    for model in SEEDS:
         gpt = GPT(space.gpt.config).double()
         gpt.load_state_dict({name[4:]: w[model].double() for name, w in weights.items()})
-        strings = itertools.product(range(TINY.vocab_size), repeat=TINY.length)
-        for string, logp in zip(strings, logps[model], strict=True):  # last token fastest
-            rows = gpt(torch.tensor([[0, *string[:-1]]]))[0].log_softmax(dim=-1)
-            alone = sum(rows[t, token] for t, token in enumerate(string))
+        for string, logp in zip(itertools.product(range(4), repeat=2), logps[model], strict=True):
+            rows = gpt(torch.tensor([[0, string[0]]]))[0].log_softmax(dim=-1)
+            alone = rows[0, string[0]] + rows[1, string[1]]
             assert math.isclose(alone.item(), logp.item(), abs_tol=1e-10)
     assert (logps[0] - logps[1]).abs().max() > 0.1
-    assert logps.std() > 0.1
 
 
-def test_code_world_is_the_noisy_channel():
-    """Data and reward by a plain loop; probabilities add up to 1; the codewords are distinct."""
-    config = replace(TINY, vocab_size=4)
-    world = toy_worlds.code_world(5, config)
-    codewords = [tuple(c) for c in world.centres.tolist()]
-    assert len(set(codewords)) == toy_worlds.CODEWORDS
-    for i, string in enumerate(itertools.product(range(4), repeat=3)):
-        chance = []
-        for word in codewords:
-            factors = [0.6 if a == b else 0.4 / 3 for a, b in zip(string, word, strict=True)]
-            chance.append(math.prod(factors) / len(codewords))
-        assert math.isclose(sum(chance), world.log_data[i].exp().item(), rel_tol=1e-9)
-        wrong = [sum(a != b for a, b in zip(string, w, strict=True)) for w in codewords]
-        assert min(wrong) == world.distance[i] == -world.reward[i]
-    assert math.isclose(world.log_data.exp().sum().item(), 1.0, rel_tol=1e-9)
-    assert not torch.equal(world.centres, toy_worlds.code_world(6, config).centres)
-
-
-def test_picture_world_has_its_bumps_where_it_says():
-    """The reward is largest next to a centre, and never below -6; the row is the first token."""
-    world = toy_worlds.picture_world(0, toy_worlds.PICTURE)
-    assert world.centres.shape == (6, 2)
-    assert 3 <= world.centres.min() <= world.centres.max() <= 28
-    assert world.reward.min() == -6
-    assert math.isclose(world.log_data.exp().sum().item(), 1.0)
-    best = torch.tensor(divmod(world.reward.argmax().item(), 32)).double()
-    assert (world.centres - best).norm(dim=-1).min() < 2
-    row, col = 7, 20
-    r = sum(math.exp(-((row - a) ** 2 + (col - b) ** 2) / 4.5) for a, b in world.centres.tolist())
-    assert math.isclose(world.reward[row * 32 + col].item(), max(-6, math.log(r)), rel_tol=1e-9)
-
-
-def test_columns_equal_plain_sums():
-    """Every column of the table is the sum its name says."""
-    log_pi, log_sft, log_star = (random_logps(1, 30, seed=s) for s in range(3))
-    distance = torch.arange(30).remainder(4)[None].double()
-    world = toy_worlds.World(-distance, log_pi, distance, torch.zeros(0))
-    got = {k: v[0].tolist() for k, v in toy.metrics(log_pi, log_sft, log_star, world, 0.4).items()}
-    a, s, b = (x[0].tolist() for x in (log_pi, log_sft, log_star))
-    mass = [0.0, 0.0, 0.0]
-    for x, d in zip(a, distance[0].tolist(), strict=True):
-        mass[min(int(d), 2)] += math.exp(x)
-    want = {
-        "reverse_kl": sum(math.exp(x) * (x - y) for x, y in zip(a, b, strict=True)),
-        "forward_kl": sum(math.exp(y) * (y - x) for x, y in zip(a, b, strict=True)),
-        "kl_sft": sum(math.exp(x) * (x - y) for x, y in zip(a, s, strict=True)),
-        "entropy": -sum(math.exp(x) * x for x in a),
-        "reward": -sum(math.exp(x) * d for x, d in zip(a, distance[0].tolist(), strict=True)),
-        "mass": mass,
-    }
-    want["J"] = want["reward"] - 0.4 * want["kl_sft"]
-    assert got.keys() == want.keys()
-    for name in want:
-        assert got[name] == pytest.approx(want[name], rel=1e-9), name
+def test_every_bump_has_rows_and_columns_of_its_own():
+    """One bump in each of six strips of rows and of columns; the reward by a plain loop."""
+    config = worlds.Config()
+    reward, log_data, centres = worlds.plaid([3, 4], config)
+    strip = 32 / 6
+    for axis in (0, 1):
+        strips = ((centres[..., axis] + 0.5) / strip - 0.5).round().sort(dim=-1).values
+        assert strips.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    assert not torch.equal(centres[0], centres[1])
+    assert reward.min() == -6
+    assert reward.max() > -0.3
+    assert math.isclose(log_data.exp().sum().item(), 1)
+    for row, col in ((7, 20), (16, 15)):
+        near = [(row - a) ** 2 + (col - b) ** 2 for a, b in centres[0].tolist()]
+        r = math.log(sum(math.exp(-d / (2 * 1.5**2)) for d in near))
+        assert math.isclose(reward[0, row * 32 + col].item(), max(-6, r), rel_tol=1e-9)
+        wide = -((row - 15.5) ** 2 + (col - 15.5) ** 2) / (2 * 9**2)
+        middle = -0.5 / (2 * 9**2)
+        assert math.isclose(
+            (log_data[row * 32 + col] - log_data[16 * 32 + 16]).item(), wide - middle
+        )
 
 
 def test_draws_follow_the_distribution():
@@ -113,68 +98,179 @@ def test_draws_follow_the_distribution():
     logps = torch.tensor([[0.5, 0.0, 0.3, 0.2, 0.0], [0.0, 0.1, 0.0, 0.0, 0.9]]).log()
     uniform = torch.rand(2, 20_000, generator=torch.Generator().manual_seed(0))
     uniform[:, 0], uniform[:, 1] = 0.0, 1 - 2**-24  # the ends of the interval
-    y = toy_worlds.draw(logps, uniform)
+    y = worlds.draw(logps, uniform)
     for row, p in zip(y, logps.exp(), strict=True):
         share = torch.bincount(row, minlength=5) / len(row)
         assert (share[p == 0] == 0).all()
         assert ((share - p).abs() <= 5 * (p * (1 - p) / len(row)).sqrt() + 1e-9).all()
 
 
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
 def test_labels_are_bradley_terry():
     """The better of a pair is chosen with probability sigmoid(r1 - r2), and pairs stay pairs."""
-    reward = torch.tensor([[0.0, -1.5]], dtype=torch.float64)
-    world = toy_worlds.World(reward, reward, reward, reward)
-    log_sft = torch.tensor([[0.5, 0.5]], dtype=torch.float64).log()
-    draws = toy.draw_step(world, log_sft, [torch.Generator().manual_seed(0)], 40_000)
-    pairs, ranked = draws.y.view(-1, 2), draws.ranked.view(-1, 2)
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(2, (1, 40_000), generator=generator)
+    coin = torch.rand(1, 20_000, generator=generator)
+    ranked = fit.ranked(y, torch.tensor([[0.0, -1.5]]), coin).view(-1, 2)
+    pairs = y.view(-1, 2)
     assert torch.equal(pairs.sort(dim=-1).values, ranked.sort(dim=-1).values)
     chosen = ranked[pairs[:, 0] != pairs[:, 1], 0]
     assert abs((chosen == 0).double().mean().item() - 1 / (1 + math.exp(-1.5))) < 0.015
 
 
-@pytest.mark.parametrize("arm", toy.numbers_arms(TINY), ids=lambda a: f"{a.method}-{a.K}-{a.start}")
-def test_an_ensemble_gives_each_model_its_own_gradient(arm):
-    """Two seeds together have the gradients of each alone: no mean over models, no crosstalk."""
-    world = toy_worlds.World(
-        *map(torch.stack, zip(*(toy_worlds.code_world(s, TINY) for s in (0, 1)), strict=True))
-    )
-    log_sft, log_pi = random_logps(2, 27, seed=1), random_logps(2, 27, seed=2)
-    generators = [torch.Generator().manual_seed(s) for s in (0, 1)]
-    draws = toy.draw_step(world, log_sft, generators, 512)
+def plain_loss(name: str, K: int, logp, ref, reward, beta, y, uniform, coin) -> torch.Tensor:
+    """One model, group by group, every loss written out: the slow twin of sampled_loss."""
+    method, total, groups = fit.METHODS[name], 0, len(y) // K
+    if method.on_policy:
+        y = worlds.draw(logp.detach()[None], uniform[None])[0]
+    for k in range(groups):
+        ids = y[k * K : (k + 1) * K].tolist()
+        policy = logp[ids]
+        if method.label_smoothing is not None:
+            gap = reward[ids[0]] - reward[ids[1]]
+            if coin[k] >= torch.sigmoid(gap):
+                ids.reverse()
+                policy = policy.flip(0)
+            margin = beta * (policy[0] - ref[ids[0]] - policy[1] + ref[ids[1]])
+            eps = method.label_smoothing
+            if "dpo" in name:
+                total = total - torch.nn.functional.logsigmoid(margin)
+            else:
+                q = torch.sigmoid(torch.cat([margin, -margin]))
+                p = torch.tensor([1 - eps, eps], dtype=torch.float64)
+                total = total + (q * (q / p).log()).sum()
+            continue
+        score = reward[ids] / beta
+        if method.on_policy:
+            score, ref_k = score + ref[ids] - policy.detach(), policy.detach()
+        else:
+            ref_k = ref[ids]
+        q, p = (policy - ref_k).softmax(dim=0), score.softmax(dim=0)
+        if name == "rloo":
+            for i in range(K):
+                others = torch.cat([score[:i], score[i + 1 :]]).mean()
+                total = total - (score[i] - others) * policy[i] / K
+        elif "exo" in name:
+            total = total + (q * (q / p).log()).sum()
+        else:
+            total = total - (p * q.log()).sum()
+    return total / groups
 
-    def gradient(rows: slice) -> torch.Tensor:
-        x = log_pi[rows].clone().requires_grad_()
-        own = toy.Draws(*(d[rows] for d in draws))
-        toy.arm_loss(arm, x, log_sft[rows], world.reward[rows], own).backward()
-        return x.grad
 
-    both, alone = gradient(slice(2)), torch.cat([gradient(slice(0, 1)), gradient(slice(1, 2))])
-    assert torch.allclose(both, alone, atol=1e-12)
-    assert alone.abs().amax(dim=-1).min() > 1e-4
+@pytest.mark.parametrize(("name", "K"), [(m, K) for m, K in measures.SPEC if K and K < 64])
+def test_the_ensemble_equals_plain_loops_model_by_model(name, K):
+    """Value and gradient of every model at a beta of its own: no mean over models, no crosstalk."""
+    log_pi, log_sft, reward = (random_logps(2, 9, seed=s) for s in (1, 2, 3))
+    beta = torch.tensor([[0.4], [1.5]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    uniform, coin = (torch.rand(2, n, generator=generator) for n in (16, 8))
+    y = worlds.draw(log_sft, torch.rand(2, 16, generator=generator))
+    x = log_pi.clone().requires_grad_()
+    method = fit.METHODS[name]
+    total = fit.sampled_loss(method, K, x, log_sft, reward, beta, y, uniform, coin)
+    total.backward()
+    twins, values = log_pi.clone().requires_grad_(), []
+    for i in range(2):
+        rest = (log_sft[i], reward[i], beta[i], y[i], uniform[i], coin[i])
+        values.append(plain_loss(name, K, twins[i], *rest))
+    sum(values).sum().backward()
+    assert torch.allclose(x.grad, twins.grad, atol=1e-10)
+    assert twins.grad.abs().amax(dim=-1).min() > 1e-4
+    if name != "rloo":  # whose value says nothing: only its gradient is meant
+        constant = total.item() - sum(values).sum().item()
+        assert abs(constant) < 1e-9
 
 
-def test_the_best_start_counts_by_its_own_objective():
-    """Seed by seed: reverse-kl keeps the lower reverse KL, forward-kl the lower forward KL."""
-    star, log_pi = random_logps(2, 9, seed=3), random_logps(3, 2, 9, seed=4)
-    for method in ("reverse-kl", "forward-kl"):
-        arms = [toy.Arm(method, None, 0.4, start) for start in range(3)]
-        ((arm, best),) = toy.best_starts(arms, log_pi, {0.4: star})
-        pairs = (best, star) if method == "reverse-kl" else (star, best)
-        every = (log_pi, star) if method == "reverse-kl" else (star, log_pi)
-        assert arm == replace(arms[0], start=0)
-        assert torch.equal(toy.kl(*pairs), toy.kl(*every).min(dim=0).values)
+@pytest.mark.parametrize("K", [2, 3, 8])
+def test_on_policy_exo_is_rloo_up_to_K_minus_1_over_K(K):
+    """On the same fresh draws the gradients differ by this factor, group by group."""
+    policy, ref, reward = (random_logps(5, K, seed=s) for s in range(3))
+    target = exo.on_policy_target(reward, ref, policy, 0.7)
+    grads = []
+    for loss, reference in ((exo.exo_loss, exo.on_policy_ref(ref, policy)), (fit.rloo_loss, ref)):
+        x = policy.clone().requires_grad_()
+        grads += torch.autograd.grad(loss(x, reference, target), x)
+    assert torch.allclose(grads[0], (K - 1) / K * grads[1], atol=1e-12)
+    assert grads[0].abs().max() > 0.01
 
 
-def test_fitting_learns():
-    """A few dozen steps bring every method but none of the fixed rows nearer to pi*."""
-    config = replace(TINY, n_embd=4, steps=60)
-    with toy.sdpa_kernel(toy.SDPBackend.MATH):
-        _, rows = toy.fit_numbers(config, toy.numbers_arms(config), [0])
-    reverse = {(row["method"], row["K"]): row["reverse_kl"] for row in rows}
-    assert reverse.pop(("pi-star", None)) == pytest.approx(0, abs=1e-12)
-    start = reverse.pop(("sft", None))
-    assert max(reverse.values()) < 0.8 * start
-    assert len(reverse) == 11
+def test_training_lowers_what_it_descends(setup):
+    """Both exact KLs fall, each by its own method; sampled methods approach pi*."""
+    longer = replace(TINY, steps=60)
+    arms = [fit.Arm(m, K, 0.5, seed) for m, K in measures.SPEC for seed in SEEDS]
+    ended = fit.train(setup, arms, "", config=longer)
+    rows = measures.measure(setup, arms, setup.space.exact(ended))
+    star = setup.of(arms[:2])[-1]
+    for arm, row in zip(arms, rows, strict=True):
+        i = SEEDS.index(arm.seed)
+        name = "forward_kl" if "forward" in arm.method else "reverse_kl"
+        start = fit.exact_kl(name, setup.log_sft[i], star[i]).item()
+        assert row[name] < 0.9 * start, arm
+
+
+def test_exact_fits_are_never_worse_than_where_they_start(setup):
+    """And keep one fit per direction and seed, in this order, each best by its own objective."""
+    spec = [("exo-rw", 8), ("dpo-rw", 8), ("reverse-kl-descent", None)]
+    arms = [fit.Arm(m, K, 0.5, seed) for m, K in spec for seed in SEEDS]
+    starts = fit.train(setup, arms, "")
+    found, log_pi = fit.exact_fits(setup, starts, arms)
+    assert [(a.method, a.seed) for a in found] == [(m, s) for m in fit.EXACT for s in SEEDS]
+    star, before = setup.of(arms[:2])[-1], setup.space.exact(starts).view(3, 2, -1)
+    for arm, logps in zip(found, log_pi, strict=True):
+        i = SEEDS.index(arm.seed)
+        ended = fit.exact_kl(arm.method, logps, star[i])
+        assert ended < min(fit.exact_kl(arm.method, x, star[i]) for x in before[:, i])
+
+
+def test_the_fittest_are_found_seed_by_seed():
+    """Objectives of one method and seed compete; those of others do not."""
+    arms = [fit.Arm(m, None, 0.5, s) for m in ("a", "b") for _ in range(3) for s in (0, 1)]
+    objective = [3, 30, 1, 10, 2, 20, 0.3, 0.03, 0.1, 0.01, 0.2, 0.02]
+    assert fit.fittest(arms, objective, 2) == [2, 4, 3, 5, 8, 10, 9, 11]
+
+
+# --------------------------------------------------------------------------------------------------
+# Measures
+
+
+def test_columns_equal_plain_sums(setup):
+    """Every column of the table is the sum its name says."""
+    arm = fit.Arm("m", 2, 0.4, 1)
+    (log_pi,) = random_logps(1, 144, seed=5)
+    (row,) = measures.measure(setup, [arm], log_pi[None])
+    sft, reward = setup.log_sft[1].tolist(), setup.reward[1].tolist()
+    star = worlds.optimum(setup.log_sft[1], setup.reward[1], 0.4).tolist()
+    pi, centres = log_pi.tolist(), setup.centres[1].tolist()
+    held, crossing = [0.0] * 6, 0.0
+    for i, x in enumerate(pi):
+        away = [math.dist(divmod(i, 12), c) for c in centres]
+        if min(away) <= 3:
+            held[away.index(min(away))] += math.exp(x)
+        else:
+            grid = [(a[0], b[1]) for a, b in itertools.permutations(centres, 2)]
+            crossing += math.exp(x) * (min(math.dist(divmod(i, 12), c) for c in grid) <= 3)
+    want = {
+        "reverse_kl": sum(math.exp(x) * (x - y) for x, y in zip(pi, star, strict=True)),
+        "forward_kl": sum(math.exp(y) * (y - x) for x, y in zip(pi, star, strict=True)),
+        "kl_sft": sum(math.exp(x) * (x - y) for x, y in zip(pi, sft, strict=True)),
+        "entropy": -sum(math.exp(x) * x for x in pi),
+        "reward": sum(math.exp(x) * r for x, r in zip(pi, reward, strict=True)),
+        "on": sum(held),
+        "between": crossing,
+        "modes": sum(x > 0.02 for x in held),
+    }
+    want["J"] = want["reward"] - 0.4 * want["kl_sft"]
+    assert set(want) == set(measures.COLUMNS)
+    assert {key: row[key] for key in ("method", "K", "beta", "seed", "n_embd")} == {
+        **{"method": "m", "K": 2, "beta": 0.4, "seed": 1},
+        "n_embd": 3,
+    }
+    for name, value in want.items():
+        assert row[name] == pytest.approx(value, rel=1e-9), name
+    assert crossing > 0
 
 
 def test_results_have_the_promised_form(finished):
@@ -182,23 +278,21 @@ def test_results_have_the_promised_form(finished):
     out, results = finished
     read = json.loads((out / "results.json").read_text())
     assert read == results
-    assert not list(out.glob("*.tmp"))
-    assert set(read) == {"config", "versions", "worlds", "picture", "rows"}
-    assert [world["seed"] for world in read["worlds"]] == [0, 1]
-    for world in read["worlds"]:
-        assert len(world["codewords"]) == 12
-        assert len(world["log_sft"]) == 27
+    assert not list(out.glob("*.tmp*"))
+    assert set(read) == {"config", "versions", "worlds", "rows", "pictures"}
+    for seed, world in enumerate(read["worlds"]):
+        assert world["seed"] == seed
+        assert len(world["centres"]) == 6
+        assert len(world["log_sft"]) == 144
         assert sum(map(math.exp, world["log_sft"])) == pytest.approx(1, abs=1e-12)
-    exact = [(m, None) for m in ("sft", "pi-star", "reverse-kl", "forward-kl")]
-    sampled = [(m, K) for m in ("exo-rw", "dpo-rw") for K in (2, 8, 64)]
-    sampled += [(m, 2) for m in ("exo-pref", "dpo-pref", "exo-online")]
+    spec = [("sft", None), ("pi-star", None), *measures.SPEC, *((m, None) for m in fit.EXACT)]
     keys = [(row["method"], row["K"], row["seed"]) for row in read["rows"]]
-    assert keys == [(m, K, seed) for m, K in exact + sampled for seed in (0, 1)]
+    assert keys == [(m, K, seed) for m, K in spec for seed in SEEDS]
     for row in read["rows"]:
-        assert set(row) == {"method", "K", "seed", "mass", *toy.COLUMNS}
-        assert sum(row["mass"]) == pytest.approx(1)
-        assert min(row["mass"]) >= 0
-    assert set(read["picture"]["panels"]) == set(toy_figures.PANELS)
+        assert set(row) == {"method", "K", "beta", "n_embd", "seed", *measures.COLUMNS}
+        assert 0 <= row["on"] + row["between"] <= 1 + 1e-9
+    assert len(read["pictures"]) == len(spec)
+    assert len(measures.table(read["rows"]).splitlines()) == 1 + len(spec)
 
 
 def test_J_falls_short_of_its_optimum_by_beta_reverse_kl(finished):
@@ -210,76 +304,118 @@ def test_J_falls_short_of_its_optimum_by_beta_reverse_kl(finished):
         assert gap == pytest.approx(TINY.beta * row["reverse_kl"], abs=1e-10)
 
 
-def test_same_command_same_file(tmp_path):
+def test_same_command_same_file(finished, tmp_path):
     """A seed fixes the run to the last digit, whatever torch's global generator holds."""
-    for name in ("a", "b"):
-        torch.manual_seed(len(list(tmp_path.iterdir())))
-        tiny_run(tmp_path / name, seeds=1)
-    a, b = ((tmp_path / name / "results.json").read_bytes() for name in ("a", "b"))
+    torch.manual_seed(1)
+    main.run(tmp_path, seeds=2, config=TINY)
+    a, b = ((folder / "results.json").read_bytes() for folder in (finished[0], tmp_path))
     assert a == b
 
 
-def test_the_table_and_the_sweep_are_written(finished):
-    """Every piece of the sweep has its data, and its picture where matplotlib is installed."""
-    out, results = finished
-    sweep = json.loads((out / "sweep.json").read_text())
-    assert {*toy_figures.DRAW, "matched", "gaps"} <= set(sweep)
-    assert {r["K"] for r in sweep["group_size"] if r["method"] == "dpo-rw"} == set(
-        toy_sweep.SWEEP_K
-    )
-    assert {r["beta"] for r in sweep["frontier"]} >= set(toy_sweep.SWEEP_BETA)
-    assert {r["n_embd"] for r in sweep["width"]} == set(toy_sweep.SWEEP_WIDTH)
-    assert len(toy.table(results["rows"]).splitlines()) == 1 + 13
+def test_a_seed_is_the_same_alone_and_in_company():
+    """What a world is does not depend on which others are fitted beside it."""
+    alone, beside = fit.prepare(TINY, [1]), fit.prepare(TINY, [0, 1])
+    assert torch.equal(alone.reward[0], beside.reward[1])
+    assert torch.allclose(alone.log_sft[0], beside.log_sft[1], atol=1e-4)
+
+
+def test_pictures_and_animation_are_written(finished):
+    """For light and dark pages; the animation stays small enough for a page."""
     pytest.importorskip("matplotlib")
-    for name in (*toy_figures.DRAW, "picture", "numbers"):
-        assert (out / f"{name}.png").stat().st_size > 1000
-
-
-def test_matched_kl_interpolates_and_never_extrapolates():
-    """A frontier through (1, -2) and (3, -1) is -1.5 at KL 2, and nothing at KL 4."""
-    points = [(3.0, -1.0), (1.0, -2.0)]
-    rows = [{"method": "m", "K": 2, "seed": 7, "kl_sft": x, "reward": y} for x, y in points]
-    assert toy_sweep.matched(rows, "m", 2, 2.0) == {7: -1.5}
-    assert toy_sweep.matched(rows, "m", 2, 4.0) == {}
-
-
-def test_loss_curves():
-    """log 2 and 2.7612 where nothing is known; confidently wrong, DPO pulls and EXO does not."""
-    curves = toy_sweep.loss_curves()
-    middle = curves["margin"].index(0.0)
-    assert curves["DPO"]["loss"][middle] == pytest.approx(math.log(2))
-    assert curves["EXO"]["loss"][middle] == pytest.approx(2.7612, abs=1e-4)
-    assert curves["DPO"]["gradient"][0] < -0.999
-    assert abs(curves["EXO"]["gradient"][0]) < 1e-3
+    for name in ("picture", "picture-dark", "losses", "losses-dark"):
+        assert (finished[0] / f"{name}.png").stat().st_size > 1000
+    assert 1000 < (finished[0] / "training.gif").stat().st_size < 2e6
 
 
 def test_without_matplotlib_one_line_and_all_numbers(tmp_path, monkeypatch, capsys):
     """No figures is no failure: the run says how to get them, and writes the rest."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    tiny_run(tmp_path, seeds=1)
+    main.run(tmp_path, seeds=1, config=TINY)
     said = [line for line in capsys.readouterr().out.splitlines() if "No figures" in line]
     assert len(said) == 1
     assert "pip install matplotlib" in said[0]
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
-@pytest.mark.parametrize("argv", [["--seeds", "0"], ["--seed", "many"], ["--nonsense"]])
-def test_wrong_flags_end_with_status_2(argv, tmp_path):
-    """And leave no output folder behind."""
-    with pytest.raises(SystemExit) as stop:
-        toy.main([*argv, "--out", str(tmp_path / "out")])
-    assert stop.value.code == 2
-    assert not (tmp_path / "out").exists()
+def test_a_worker_ends_with_its_parent(tmp_path):
+    """A job's failure is the run's, and no process outlives it."""
+    with pytest.raises(ZeroDivisionError):
+        common.in_parallel(divmod, [(1, 0), (1, 1)])
 
 
-def test_matched_table_pairs_seeds(capsys):
-    """EXO's lead at equal KL is averaged over the seeds where both frontiers get there."""
+# --------------------------------------------------------------------------------------------------
+# The sweep
+
+
+def test_expected_weights_are_those_of_all_pairs(setup):
+    """At K = 2 the estimate is within its noise of the exact sum over every pair of completions."""
+    log_pi = random_logps(2, 144, seed=7)
+    want = torch.zeros(2, 144, dtype=torch.float64)
+    for i, (a, b) in (
+        (i, pair) for i in (0, 1) for pair in itertools.product(range(144), repeat=2)
+    ):
+        chance = (setup.log_sft[i, a] + setup.log_sft[i, b]).exp()
+        q = torch.sigmoid(log_pi[i, a] - log_pi[i, b] - setup.log_sft[i, a] + setup.log_sft[i, b])
+        p = torch.sigmoid((setup.reward[i, a] - setup.reward[i, b]) / TINY.beta)
+        want[i, a] += chance * (q - p)  # DPO
+        want[i, b] -= chance * (q - p)
+    random = worlds.generators(SEEDS, "draws")
+    got = [sweep.expected_weights(exo.dpo_loss, 2, log_pi, setup, random) for _ in range(24)]
+    error = torch.stack(got).std(dim=0) / 24**0.5
+    away = (torch.stack(got).mean(dim=0) - want).abs()
+    assert (away < 5 * error + 1e-6).all()
+    assert want.abs().max() > 50 * error.max()
+
+
+def test_at_sft_exo_points_along_J(monkeypatch):
+    """Its expected gradient there is (K - 1) / K of the limit, which is J's."""
+    monkeypatch.setattr(sweep, "DIRECTION_K", (2, 16))
+    monkeypatch.setattr(sweep, "BATCH", 2**12)
+    rows = sweep.directions(replace(TINY, steps=30), SEEDS)
+    for row in common.only(rows, place="at sft", method="exo-rw"):
+        assert row["to_J"] > 1 - 5 * row["to_J_error"] - 1e-3
+        assert row["distance"] == pytest.approx(1 / row["K"], abs=0.05)
+    assert {row["place"] for row in rows} == set(sweep.SHARES)
+    falling = [common.stat(rows, "reverse_kl", place=place)[0] for place in sweep.SHARES]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_matched_policies_are_measured_and_near_their_target():
+    """The nearest within 0.05 counts, one per method, K, seed and target; pi* does not."""
+    near = [("m", 0, 0.46), ("m", 0, 0.52), ("m", 0, 0.7), ("m", 1, 0.56), ("pi-star", 0, 0.5)]
+    rows = [{"method": m, "K": 2, "seed": s, "kl_sft": x} for m, s, x in near]
+    assert sweep.matched(rows) == [{"target": 0.5, **rows[1]}]
+
+
+def test_tuning_looks_at_its_own_seeds_only():
+    """The K and rate with the lowest mean regret there; what is told is of the other seeds."""
     rows = []
-    for method, seed, top in (("exo-rw", 0, 0.0), ("dpo-rw", 0, -0.5), ("exo-rw", 1, -0.1)):
-        for x, y in ((0.0, -2.0), (1.0, top)):
-            rows.append({"method": method, "K": 8, "seed": seed, "kl_sft": x, "reward": y})
-    exo, dpo = (e for e in toy_sweep.matched_table(rows) if e["kl_sft"] == 0.5)
-    assert (exo["seeds"], dpo["seeds"]) == (2, 1)
-    assert exo["lead"] == pytest.approx(-1.0 - -1.25)
-    assert "lead" not in dpo
-    assert "+0.250" in capsys.readouterr().out
+    for K, rate, seed, regret in (
+        (2, 1, 100, 0.2),
+        (8, 1, 100, 0.1),
+        (2, 1, 0, 0.01),
+        (8, 1, 0, 1),
+    ):
+        known = {"method": "m", "completions": 64, "K": K, "rate": rate, "seed": seed}
+        rows.append(known | {"regret": regret})
+    assert sweep.tuned(rows) == [rows[3]]
+
+
+def test_every_piece_of_the_sweep_is_written(tmp_path, monkeypatch):
+    """Data and a figure each; the search ends at policies that are near enough, or nowhere."""
+    monkeypatch.setattr(sweep, "in_parallel", in_turn)
+    monkeypatch.setattr(sweep, "WIDTHS", (2, 8))
+    monkeypatch.setattr(sweep, "BATCH", 512)
+    spec = [("exo-rw", 2), ("dpo-rw", 64), ("exo-rw", 64), ("reverse-kl-descent", None)]
+    monkeypatch.setattr(sweep, "SPEC", spec)
+    monkeypatch.setattr(sweep, "LEARNERS", ("exo-rw", "dpo-rw"))
+    done = sweep.sweep_all(tmp_path, [0], replace(TINY, steps=40))
+    assert json.loads((tmp_path / "sweep.json").read_text()) == done
+    assert set(done) == {*sweep.SWEPT, "config", "matched", "betas"}
+    assert all(abs(row["kl_sft"] - row["target"]) <= 0.05 for row in done["matched"])
+    assert {row["method"] for row in done["matched"]} > {"exo-rw", "reverse-kl-descent"}
+    assert {row["n_embd"] for row in done["capacity"]} == {2, 8}
+    assert {row["seed"] for row in done["efficiency"]} == {0}
+    pytest.importorskip("matplotlib")
+    for name in sweep.SWEPT:
+        assert (tmp_path / f"{name}-dark.png").stat().st_size > 1000

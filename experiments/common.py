@@ -1,0 +1,127 @@
+"""
+What both worlds use: means over seeds, files, workers, and how figures look.
+"""
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# --------------------------------------------------------------------------------------------------
+# Rows: one dict per policy
+
+
+def only(rows: list[dict], **where) -> list[dict]:
+    return [row for row in rows if all(row[key] == value for key, value in where.items())]
+
+
+def distinct(rows: list[dict], *keys: str) -> list:
+    """The values of a key (tuples, for several) in the order in which they first appear."""
+    found = dict.fromkeys(tuple(row[key] for key in keys) for row in rows)
+    return [value if len(keys) > 1 else value[0] for value in found]
+
+
+def mean_se(values) -> tuple[float, float]:
+    """Mean and its standard error; 0, a bar without width, where one value leaves it unknown."""
+    x = np.asarray(values, dtype=np.float64)
+    return x.mean(), x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else 0.0
+
+
+def stat(rows: list[dict], name: str, **where) -> tuple[float, float]:
+    """mean_se of one column over the rows that are so."""
+    return mean_se([row[name] for row in only(rows, **where)])
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Whole or not at all: a run that is stopped leaves no half file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, allow_nan=False))
+    temporary.replace(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Workers
+
+
+def in_parallel(job: Callable, jobs: list[tuple]) -> list:
+    """[job(*args) for args in jobs], each in a process of its own with one torch thread: tensors as
+    small as the toy's gain nothing from two. A single job stays in this process."""
+    if len(jobs) == 1:
+        return [job(*jobs[0])]
+    start = {"initializer": start_worker, "initargs": (os.getpid(),)}
+    with ProcessPoolExecutor(len(jobs), mp_context=get_context("spawn"), **start) as pool:
+        try:
+            return [future.result() for future in [pool.submit(job, *args) for args in jobs]]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def start_worker(parent: int) -> None:
+    """One torch thread; and a watch that ends this worker with its parent, however that went."""
+    torch.set_num_threads(1)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+
+INK, GREY = "#222222", "#8a8a8a"
+THEMES = {"": ("#1f2328", "#ffffff"), "-dark": ("#e6edf3", "#0d1117")}  # ink and paper of GitHub
+
+
+def pyplot():
+    """matplotlib.pyplot with our taste, or None and one line of advice."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("No figures: `pip install matplotlib` and run again. The numbers are complete.")
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 11, "legend.frameon": False, "savefig.dpi": 160})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(inks(INK, "white"))
+    return plt
+
+
+def inks(ink: str, paper: str) -> dict:
+    written = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    faces = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+    return dict.fromkeys(written, ink) | dict.fromkeys(faces, paper) | {"axes.edgecolor": GREY}
+
+
+def save(plt, draw: Callable, data: dict, path: Path) -> None:
+    """draw(plt, data) -> figure, for a light page and a dark one (NAME-dark.png)."""
+    for suffix, theme in THEMES.items():
+        with plt.rc_context(inks(*theme)):
+            figure = draw(plt, data)
+            figure.savefig(path.with_name(f"{path.stem}{suffix}.png"))
+            plt.close(figure)
+
+
+def tidy(figure):
+    for axis in figure.axes:
+        axis.grid(alpha=0.25, axis="x" if axis.yaxis_inverted() else "both")
+    figure.tight_layout()
+    return figure
+
+
+def finish(plt, figure, path: Path) -> None:
+    tidy(figure).savefig(path)
+    plt.close(figure)
