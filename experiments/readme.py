@@ -1,7 +1,7 @@
 """
 The README's tables, made from the result files in assets/, so that they cannot drift.
 
-    python -m experiments.readme        writes them between the README's markers
+    python -m experiments.readme        writes them between the pages' markers
 
 tests/test_readme.py fails while the two disagree.
 """
@@ -9,11 +9,16 @@ tests/test_readme.py fails while the two disagree.
 import functools
 import itertools
 import json
+import re
 import statistics
 from pathlib import Path
 
+import torch
+
+from exo import dpo_loss, exo_loss, preference_target
+from experiments.common import distinct, mean_se, only
 from experiments.frontier import CALIBRATION
-from experiments.frontier_report import marked, only
+from experiments.frontier_report import marked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,56 +38,211 @@ def spread(values: list[float], digits: int = 3) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
 
 
-def named(row: dict) -> str:
-    return row["method"] + (f", K = {row['K']}" if row["K"] else "")
+# --------------------------------------------------------------------------------------------------
+# The exact world
+
+EXACT_COLUMNS = {
+    "reverse_kl": "KL(π‖π*)",
+    "forward_kl": "KL(π*‖π)",
+    "reward": "E[r]",
+    "kl_sft": "KL(π‖sft)",
+    "J": "J",
+    "on": "on a bump",
+    "between": "on crossings",
+    "modes": "bumps held",
+    "entropy": "entropy",
+}
+RIVALS = [(f"exo-{kind}", f"dpo-{kind}", K) for kind in ("rw", "online") for K in (2, 8, 64)]
+RIVALS += [(f"exo-{kind}", f"dpo-{kind}", 2) for kind in ("pref", "online-pref")]
+RIVALS += [("exo-pref-1e-3", "dpo-pref", 2), ("reverse-kl-descent", "forward-kl-descent", None)]
 
 
-def numbers() -> str:
-    """The numbers world: every method, mean ± standard error over seeds."""
-    found: dict[str, list[dict]] = {}
-    for row in read("toy/results.json")["rows"]:
-        found.setdefault(named(row), []).append(row)
-    columns = ("reverse_kl", "forward_kl", "J", "reward", "kl_sft")
-    rows = [[name, *(spread([r[c] for r in rs]) for c in columns)] for name, rs in found.items()]
-    return markdown(["", "KL(π‖π*)", "KL(π*‖π)", "J", "E[r]", "KL(π‖sft)"], rows)
+def named(method: str, K: int | None) -> str:
+    return f"{method}, K = {K}" if K else method
+
+
+def by_seed(rows: list[dict], name: str, **where) -> dict[int, float]:
+    return {row["seed"]: row[name] for row in only(rows, **where)}
+
+
+def leads(rows: list[dict], name: str, ours: dict, theirs: dict) -> list[float]:
+    """Differences over the seeds that both have, so that what worlds share cancels."""
+    a, b = by_seed(rows, name, **ours), by_seed(rows, name, **theirs)
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def pm(values: list[float], sign: str = "", digits: int = 2) -> str:
+    mean, error = mean_se(values)
+    return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")
+
+
+def exact() -> str:
+    """Every method of the default run, mean ± standard error over seeds."""
+    rows, out = read("toy/results.json")["rows"], []
+    for method, K in distinct(rows, "method", "K"):
+        own = only(rows, method=method, K=K)
+        out.append([named(method, K), *(pm([r[c] for r in own]) for c in EXACT_COLUMNS)])
+    return markdown(["", *EXACT_COLUMNS.values()], out)
 
 
 def paired() -> str:
-    """Differences over the same seeds, so that what worlds share cancels."""
-    rows = read("toy/results.json")["rows"]
-
-    def column(method: str, K: int | None, name: str) -> list[float]:
-        return [r[name] for r in rows if (r["method"], r["K"]) == (method, K)]
-
-    pairs = [("reverse_kl", "dpo-rw", K, "exo-rw", K) for K in (2, 8, 64)]
-    pairs += [("reverse_kl", "exo-rw", 64, "reverse-kl", None)]
-    pairs += [("reverse_kl", "exo-online", 2, "reverse-kl", None)]
-    pairs += [("forward_kl", "dpo-rw", 64, "forward-kl", None)]
-    pairs += [("reverse_kl", "exo-pref", 2, "dpo-pref", 2)]
-    out = []
-    for name, a, K, b, L in pairs:
-        gap = [x - y for x, y in zip(column(a, K, name), column(b, L, name), strict=True)]
-        what = {"reverse_kl": "KL(π‖π*)", "forward_kl": "KL(π*‖π)"}[name]
-        labels = [named({"method": m, "K": k}) for m, k in ((a, K), (b, L))]
-        out.append([f"{what}: {labels[0]} minus {labels[1]}", spread(gap)])
-    return markdown(["at equal beta, paired over seeds", "difference"], out)
+    """The differences that the table of all methods cannot show: seeds differ more than methods."""
+    rows, out = read("toy/results.json")["rows"], []
+    pairs = [((b, K), (a, K)) for a, b, K in RIVALS]
+    pairs += [(("rloo", K), ("exo-online", K)) for K in (2, 8, 64)]
+    pairs += [(("exo-rw", 64), ("reverse-kl-descent", None))]
+    pairs += [(("dpo-rw", 64), ("forward-kl-descent", None))]
+    pairs += [(("forward-kl", None), ("reverse-kl", None))]
+    columns = ("reverse_kl", "forward_kl", "reward", "on", "modes")
+    for a, b in pairs:
+        where = [{"method": method, "K": K} for method, K in (a, b)]
+        cells = (pm(leads(rows, name, *where), "+") for name in columns)
+        out.append([f"{named(*a)} minus {named(*b)}", *cells])
+    return markdown(["", *(EXACT_COLUMNS[c] for c in columns)], out)
 
 
 def matched() -> str:
-    """E[r] at equal distance from sft: EXO's lead over DPO, where all seeds of both arrive."""
-    rows, out = read("toy/sweep.json")["matched"], {}
-    rivals = {"exo": "dpo", "reverse": "forward"}
-    arrived = {(r["method"], r["K"], r["kl_sft"]): r["seeds"] for r in rows}
-    for row in rows:
-        head, _, tail = row["method"].partition("-")
-        rival = arrived.get((f"{rivals.get(head)}-{tail}", row["K"], row["kl_sft"]), 0)
-        if "lead" in row:
-            text = f"{row['lead']:+.3f} ± {row['lead_se']:.3f}"
-            found = out.setdefault(named(row), {})
-            found[row["kl_sft"]] = text if min(rival, row["seeds"]) == 8 else f"{rival} of 8 arrive"
-    budgets = sorted({row["kl_sft"] for row in rows})
-    table = [[name, *(found.get(b, "–") for b in budgets)] for name, found in out.items()]
-    return markdown(["lead in E[r]", *(f"KL {b:g}" for b in budgets)], table)
+    """E[r] of measured policies at equal KL(pi || sft), over the seeds that got there."""
+    done, out = read("toy/sweep.json"), []
+    seeds, targets = done["config"]["seeds"], sorted(distinct(done["matched"], "target"))
+    for method, K in distinct(done["frontier"], "method", "K"):
+        cells = []
+        for target in targets if method != "pi-star" else ():
+            values = [r["reward"] for r in only(done["matched"], method=method, K=K, target=target)]
+            few = f" ({len(values)})" if len(values) < seeds else ""
+            cells.append(pm(values) + few if values else "–")
+        if cells:
+            out.append([named(method, K), *cells])
+    return markdown(["E[r]", *(f"KL {t:g}" for t in targets)], out)
+
+
+def matched_leads() -> str:
+    """EXO's lead over DPO there, paired over the seeds where both got there."""
+    done, out = read("toy/sweep.json"), []
+    targets = sorted(distinct(done["matched"], "target"))
+    for exo, dpo, K in RIVALS:
+        cells = []
+        for target in targets:
+            where = ({"method": m, "K": K, "target": target} for m in (exo, dpo))
+            values = leads(done["matched"], "reward", *where)
+            cells.append(f"{pm(values, '+')} ({len(values)})" if values else "–")
+        out.append([f"{named(exo, K)}, over {dpo}", *cells])
+    return markdown(["lead in E[r]", *(f"KL {t:g}" for t in targets)], out)
+
+
+FOUND = r"""
+- **EXO commits, DPO spreads.** With 64 rewards a prompt EXO has {on|exo-rw|64} of its mass on
+  bumps and holds {modes|exo-rw|64} of six; DPO has {on|dpo-rw|64} and holds {modes|dpo-rw|64},
+  with {between|dpo-rw|64} on crossings. E[r] is {reward|exo-rw|64} against {reward|dpo-rw|64}
+  (`sft` {reward|sft|}, π\* {reward|pi-star|}).
+- **Each goes where the exact gradient of its KL goes**, from the same start in as many steps:
+  reverse KL {reverse_kl|exo-rw|64} for EXO and {reverse_kl|reverse-kl-descent|} for the exact
+  gradient, forward KL {forward_kl|dpo-rw|64} for DPO and {forward_kl|forward-kl-descent|}. Neither
+  is an optimum. From many starts, with patience, the reverse KL falls to {reverse_kl|reverse-kl|},
+  holding {modes|reverse-kl|} bumps with {on|reverse-kl|} of the mass; the forward KL to
+  {forward_kl|forward-kl|}, {modes|forward-kl|} bumps with {on|forward-kl|}. The directions still
+  differ, but most of the bumps that EXO lacks were lost on the way, not by the objective.
+- **It survives equal distance from `sft`**, with many rewards: at K = 64 EXO's lead over DPO in
+  E[r] is {lead|1|exo-rw|dpo-rw|64} at KL(π‖sft) = 1, {lead|1.5|exo-rw|dpo-rw|64} at 1.5 and
+  {lead|2.5|exo-rw|dpo-rw|64} at 2.5.
+- **With pairs EXO does not win.** Two completions are pulled the same way by both losses. With
+  labels DPO has the lower reverse KL at equal β, {reverse_kl|dpo-pref|2} against
+  {reverse_kl|exo-pref|2}; at equal distance neither leads ({lead|1|exo-pref|dpo-pref|2} at 1,
+  {lead|1.5|exo-pref|dpo-pref|2} at 1.5). With two rewards EXO's lead is
+  {lead|0.5|exo-rw|dpo-rw|2} at 0.5, and farther than KL 1 no β takes DPO.
+- **Who draws matters as much as the direction.** On its own draws EXO does not need K (reverse KL
+  {reverse_kl|exo-online|2} at K = 2): it is RLOO times (K − 1)/K. DPO on two own draws is EXO up to
+  a factor, and commits, too ({on|dpo-online|2} on bumps); on 64 it spreads
+  ({on|dpo-online|64}). In between, at K = 8, it has the lowest reverse KL of all that learn from
+  samples, {reverse_kl|dpo-online|8}.
+- **Mode-seeking has a price.** Where the policy can hold π\* (n_embd 8) DPO reaches it, reverse KL
+  {wide|reverse_kl|dpo-rw|8}; EXO stays with the {wide|modes|exo-rw|8} bumps it chose first,
+  {wide|reverse_kl|exo-rw|8}.
+- **EXO needs K, more the further it has come.** Its gradient's cosine with J's is
+  {pull|half-way|exo-rw|2} half-way at K = 2 and {pull|half-way|exo-rw|32} at 32, near the end
+  {pull|near its end|exo-rw|32} at 32 and {pull|near its end|exo-rw|256} at 256. DPO's is
+  {pull|half-way|dpo-rw|256} and {pull|near its end|dpo-rw|256}, at any K.
+"""
+
+
+def found() -> str:
+    """FOUND with each {field} from the committed files. What its sentences say in words,
+    tests/test_readme.py asserts."""
+    rows, done = read("toy/results.json")["rows"], read("toy/sweep.json")
+
+    def field(match: re.Match) -> str:
+        kind, *names = match[1].split("|")
+        if kind == "lead":
+            target, exo, dpo, K = names
+            where = ({"method": m, "K": int(K), "target": float(target)} for m in (exo, dpo))
+            values = leads(done["matched"], "reward", *where)
+            return f"{pm(values, '+')} ({len(values)} seeds)"
+        if kind == "wide":
+            column, method, width = names
+            own = only(done["capacity"], method=method, K=64, n_embd=int(width))
+            return pm([row[column] for row in own], digits=1 if column == "modes" else 2)
+        if kind == "pull":
+            place, method, K = names
+            own = only(done["directions"], place=place, method=method, K=int(K))
+            return pm([row["to_J"] for row in own])
+        method, K = names
+        values = [row[kind] for row in only(rows, method=method, K=int(K) if K else None)]
+        if kind in ("on", "between"):
+            return pm([100 * x for x in values], digits=0) + " %"
+        return pm(values, digits=1 if kind == "modes" else 2)
+
+    return re.sub(r"\{([^}]+)\}", field, FOUND.strip())
+
+
+def pull() -> str:
+    """What EXO's vanishing gradient costs, by the losses themselves."""
+    slopes = {}
+    for name, loss, eps in (("EXO", exo_loss, 1e-3), ("DPO", dpo_loss, 0.0)):
+        margin = torch.tensor(-8.0, dtype=torch.float64, requires_grad=True)
+        pair = torch.stack([margin, torch.zeros_like(margin)])[None]
+        (slope,) = torch.autograd.grad(loss(pair, 0 * pair, preference_target(eps)), margin)
+        slopes[name] = abs(slope.item())
+    return (
+        "*A pair on which the policy is confidently wrong, by a margin of −8, pulls with "
+        f"{slopes['DPO']:.2f} under DPO\nand with {slopes['EXO']:.3f} under EXO at ε = 0.001: EXO "
+        "hardly learns from what it has ruled out, so a mode once\ndropped stays dropped.*"
+    )
+
+
+def directions() -> str:
+    rows, out = read("toy/sweep.json")["directions"], []
+    sizes = (2, 8, 32, 128)
+    for place in distinct(rows, "place"):
+        here = only(rows, place=place)
+        cells = [pm([r[c] for r in only(here, K=2, method="exo-rw")]) for c in ("forward_to_J",)]
+        for method in ("exo-rw", "dpo-rw"):
+            cells += (pm([r["to_J"] for r in only(here, method=method, K=K)]) for K in sizes)
+        out.append([f"{place}, KL(π‖π*) {mean_se([r['reverse_kl'] for r in here])[0]:.1f}", *cells])
+    head = [f"{name}, K = {K}" for name in ("EXO", "DPO") for K in sizes]
+    return markdown(["cosine with the gradient of J", "forward KL", *head], out)
+
+
+def capacity() -> str:
+    rows, out = read("toy/sweep.json")["capacity"], []
+    shown = {"exo-rw": 64, "dpo-rw": 64, "reverse-kl": None, "forward-kl": None}
+    for width in distinct(rows, "n_embd"):
+        own = [only(rows, n_embd=width, method=m, K=K) for m, K in shown.items()]
+        cells = [pm([r["reverse_kl"] for r in x]) for x in own]
+        out.append([str(width), *cells, *(pm([r["modes"] for r in x], digits=1) for x in own)])
+    head = [f"{what}: {m}" for what in ("KL(π‖π*)", "bumps") for m in shown]
+    return markdown(["n_embd", *head], out)
+
+
+def efficiency() -> str:
+    rows, out = read("toy/sweep.json")["efficiency"], []
+    budgets = sorted(distinct(rows, "completions"))
+    for method in distinct(rows, "method"):
+        cells = []
+        for budget in budgets:
+            own = only(rows, method=method, completions=budget)
+            cells.append(f"{pm([r['regret'] for r in own])} (K {own[0]['K']})")
+        out.append([method, *cells])
+    return markdown(["regret", *(f"{b:,} completions" for b in budgets)], out)
 
 
 def bench() -> str:
@@ -260,34 +420,45 @@ def memory() -> str:
 
 
 TABLES = {
-    "numbers": numbers,
-    "paired": paired,
-    "matched": matched,
-    "bench": bench,
-    "scaling": scaling,
-    "memory": memory,
-    "text sentiment": functools.partial(text_world, "sentiment"),
-    "text conviction": functools.partial(text_world, "conviction"),
-    "leads sentiment": functools.partial(text_leads, "sentiment"),
-    "leads conviction": functools.partial(text_leads, "conviction"),
-    "forms": text_forms,
-    "calibration": text_calibration,
-    "imdb": functools.partial(text_world, "lexicon", "imdb"),
-    "imdb samples": imdb_samples,
-    "wins": functools.partial(text_wins, "sentiment", 0.5),
+    "README.md": {
+        "found": found,
+        "pull": pull,
+        "bench": bench,
+        "scaling": scaling,
+        "memory": memory,
+        "text sentiment": functools.partial(text_world, "sentiment"),
+        "text conviction": functools.partial(text_world, "conviction"),
+        "leads sentiment": functools.partial(text_leads, "sentiment"),
+        "leads conviction": functools.partial(text_leads, "conviction"),
+        "forms": text_forms,
+        "calibration": text_calibration,
+        "imdb": functools.partial(text_world, "lexicon", "imdb"),
+        "imdb samples": imdb_samples,
+        "wins": functools.partial(text_wins, "sentiment", 0.5),
+    },
+    "experiments/README.md": {
+        "exact": exact,
+        "paired": paired,
+        "matched": matched,
+        "matched leads": matched_leads,
+        "directions": directions,
+        "capacity": capacity,
+        "efficiency": efficiency,
+    },
 }
 
 
-def fill(text: str) -> str:
-    """The README with every table between its markers replaced."""
-    for name, make in TABLES.items():
+def fill(page: str) -> str:
+    """A page with every table between its markers replaced."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, make in TABLES[page].items():
         start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
-        assert start in text, f"README.md has no place for the table {name!r}"
+        assert start in text, f"{page} has no place for the table {name!r}"
         before, rest = text.split(start)
         text = before + start + make() + "\n" + end + rest.split(end)[1]
     return text
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in TABLES:
+        (ROOT / page).write_text(fill(page), encoding="utf-8")
