@@ -391,10 +391,10 @@ def test_a_full_disk_ends_with_one_sentence_and_2(tmp_path, monkeypatch, capsys)
 def test_workers_end_with_their_parent():
     """Also when it is killed and can tell nobody: the pipe closes when the last of them is gone."""
     code = (
-        "import os, time; from experiments.frontier import end_with_parent\n"
+        "import os, time; from experiments.common import start_worker\n"
         "parent = os.getpid()\n"
         "if os.fork(): time.sleep(100)\n"
-        "end_with_parent(parent); print('up', flush=True); time.sleep(100)"
+        "start_worker(parent); print('up', flush=True); time.sleep(100)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
     assert parent.stdout.readline() == b"up\n"

@@ -261,9 +261,12 @@ def test_columns_equal_plain_sums(setup):
         "on": sum(held),
         "between": crossing,
         "modes": sum(x > 0.02 for x in held),
+        "asymmetry": sum(
+            abs(math.exp(x) - math.exp(pi[i % 12 * 12 + i // 12])) / 2 for i, x in enumerate(pi)
+        ),
     }
     want["J"] = want["reward"] - 0.4 * want["kl_sft"]
-    assert set(want) == set(measures.COLUMNS)
+    assert set(want) == {*measures.COLUMNS, "asymmetry"}
     assert {key: row[key] for key in ("method", "K", "beta", "seed", "n_embd")} == {
         **{"method": "m", "K": 2, "beta": 0.4, "seed": 1},
         "n_embd": 3,
@@ -289,7 +292,7 @@ def test_results_have_the_promised_form(finished):
     keys = [(row["method"], row["K"], row["seed"]) for row in read["rows"]]
     assert keys == [(m, K, seed) for m, K in spec for seed in SEEDS]
     for row in read["rows"]:
-        assert set(row) == {"method", "K", "beta", "n_embd", "seed", *measures.COLUMNS}
+        assert set(row) == {"method", "K", "beta", "n_embd", "seed", "asymmetry", *measures.COLUMNS}
         assert 0 <= row["on"] + row["between"] <= 1 + 1e-9
     assert len(read["pictures"]) == len(spec)
     assert len(measures.table(read["rows"]).splitlines()) == 1 + len(spec)
@@ -381,10 +384,15 @@ def test_at_sft_exo_points_along_J(monkeypatch):
 
 
 def test_matched_policies_are_measured_and_near_their_target():
-    """The nearest within 0.05 counts, one per method, K, seed and target; pi* does not."""
-    near = [("m", 0, 0.46), ("m", 0, 0.52), ("m", 0, 0.7), ("m", 1, 0.56), ("pi-star", 0, 0.5)]
-    rows = [{"method": m, "K": 2, "seed": s, "kl_sft": x} for m, s, x in near]
-    assert sweep.matched(rows) == [{"target": 0.5, **rows[1]}]
+    """On the way from sft, by falling beta, the first within 0.05 counts; pi* does not. Where none
+    is, the next beta lies between the first two neighbours that straddle the target."""
+    near = [(4.0, 0.3), (2.0, 0.46), (1.0, 0.52), (0.5, 1.2), (0.1, 0.8), (0.05, 1.6)]
+    rows = [{"method": "m", "K": 2, "seed": 0, "beta": b, "kl_sft": x} for b, x in near]
+    rows.append(rows[0] | {"method": "pi-star", "kl_sft": 0.5})
+    shuffled = rows[::2] + rows[1::2]
+    assert sweep.matched(shuffled) == [{"target": 0.5} | rows[1]]
+    (own, _) = sorted(sweep.runs(shuffled), key=len, reverse=True)
+    assert sweep.missing(own) == {math.sqrt(1.0 * 0.5), math.sqrt(0.1 * 0.05)}
 
 
 def test_tuning_looks_at_its_own_seeds_only():
@@ -411,9 +419,9 @@ def test_every_piece_of_the_sweep_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "LEARNERS", ("exo-rw", "dpo-rw"))
     done = sweep.sweep_all(tmp_path, [0], replace(TINY, steps=40))
     assert json.loads((tmp_path / "sweep.json").read_text()) == done
-    assert set(done) == {*sweep.SWEPT, "config", "matched", "betas"}
+    assert set(done) == {*sweep.SWEPT, "config", "matched"}
     assert all(abs(row["kl_sft"] - row["target"]) <= 0.05 for row in done["matched"])
-    assert {row["method"] for row in done["matched"]} > {"exo-rw", "reverse-kl-descent"}
+    assert {row["method"] for row in done["matched"]} >= {"exo-rw", "reverse-kl-descent"}
     assert {row["n_embd"] for row in done["capacity"]} == {2, 8}
     assert {row["seed"] for row in done["efficiency"]} == {0}
     pytest.importorskip("matplotlib")

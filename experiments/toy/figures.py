@@ -43,8 +43,8 @@ def over_seeds(axis, rows: list[dict], x: str, y: str, **style) -> None:
 # Of results.json
 
 HERO = {  # EXO's panel and DPO's below each head
-    "K = 2": ("exo-rw 2", "dpo-rw 2"),
-    "K = 64": ("exo-rw 64", "dpo-rw 64"),
+    "sft's draws, K = 2": ("exo-rw 2", "dpo-rw 2"),
+    "sft's draws, K = 64": ("exo-rw 64", "dpo-rw 64"),
     "own draws, K = 2": ("exo-online 2", "dpo-online 2"),
     "own draws, K = 64": ("exo-online 64", "dpo-online 64"),
     "exact gradient": ("reverse-kl-descent", "forward-kl-descent"),
@@ -92,7 +92,7 @@ def draw_losses(plt, _):
         axis.set(xlabel="margin: β_π × (log-ratio of chosen − of rejected)", ylabel=what)
     axes[0].legend()
     note = "confidently wrong:\nEXO's gradient vanishes,\nDPO's stays near −1"
-    axes[1].text(-9.7, -0.5, note, va="center", fontsize=10, color=GREY)
+    axes[1].text(-9.7, -1.4, note, va="center", fontsize=10, color=GREY)
     return tidy(figure)
 
 
@@ -147,8 +147,8 @@ def draw_directions(plt, done: dict):
         for method in ("exo-rw", "dpo-rw"):
             for seed in distinct(rows, "seed"):
                 own = only(here, method=method, seed=seed)
-                x = [row["K"] for row in own]
-                axis.plot(x, [row[y] for row in own], color=color(method), lw=0.8, alpha=0.4)
+                x, values = [row["K"] for row in own], [row[y] for row in own]
+                axis.plot(x, values, color=color(method), lw=0.8, alpha=0.4)
             style = {"color": color(method), "fmt": "o-", "ms": 4, "label": method[:3].upper()}
             over_seeds(axis, only(here, method=method), "K", y, **style)
         axis.set_xscale("log", base=2)
@@ -161,7 +161,8 @@ def draw_directions(plt, done: dict):
             axis.axhline(0, color=GREY, lw=0.8)
             axis.set_ylim(-1.05, 1.05)
     axes[3].set_yscale("log")
-    axes[3].plot(x, [2 / K for K in x], color=GREY, ls=":", label="2 / K")
+    sizes = distinct(rows, "K")
+    axes[3].plot(sizes, [2 / K for K in sizes], color=GREY, ls=":", label="slope of 1 / K")
     axes[3].set_title(f"{places[1]}: distance to the limit", fontsize=12)
     axes[3].legend(fontsize=10, loc="lower left")
     axes[0].set_ylabel("cosine with the gradient of J")
@@ -181,10 +182,11 @@ FRONTIERS = {
 def draw_frontier(plt, done: dict):
     """Every dot is a measured policy; large ones are means over the seeds that reached this KL."""
     figure, axes = plt.subplots(1, 3, figsize=(13.6, 4.6), sharey=True)
-    star = [stat(done["frontier"], "kl_sft", method="pi-star", beta=b)[0] for b in done["betas"]]
-    best = [stat(done["frontier"], "reward", method="pi-star", beta=b)[0] for b in done["betas"]]
+    best = only(done["frontier"], method="pi-star")
+    betas = distinct(best, "beta")
+    star = [[stat(best, y, beta=b)[0] for b in betas] for y in ("kl_sft", "reward")]
     for axis, (head, methods) in zip(axes, FRONTIERS.items(), strict=True):
-        axis.plot(star, best, color=plt.rcParams["text.color"], lw=1.6, label="π*")
+        axis.plot(*star, color=plt.rcParams["text.color"], lw=1.6, label="π*")
         for i, (method, K) in enumerate(methods):
             tone = color(method)
             style = {"markerfacecolor": tone if i < 2 else "none", "markeredgecolor": tone}
@@ -217,12 +219,8 @@ def draw_capacity(plt, done: dict):
     below.subplots_adjust(left=0.05, right=0.99, top=0.97, bottom=0.15, wspace=0.2)
     labels = {"reverse_kl": "KL(π‖π*), nats", "on": "mass on a bump", "modes": "bumps held, of 6"}
     for axis, (name, label) in zip(plots, labels.items(), strict=True):
-        for method, K in (
-            ("exo-rw", 64),
-            ("dpo-rw", 64),
-            ("reverse-kl", None),
-            ("forward-kl", None),
-        ):
+        for method in ("exo-rw", "dpo-rw", "reverse-kl", "forward-kl"):
+            K = 64 if method.endswith("rw") else None
             own = only(rows, method=method, K=K)
             x, y = ([row[column] for row in own] for column in ("n_embd", name))
             axis.plot(x, y, ".", color=color(method), alpha=0.35, ms=4)

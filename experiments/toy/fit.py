@@ -87,12 +87,12 @@ class Setup(NamedTuple):
     reward: Tensor  # (S, N) float64
     centres: Tensor  # (S, 6, 2) of the bumps
 
-    def of(self, arms: list[Arm]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """beta (M, 1), reward, log sft and log pi* (M, N) of each arm, in float64."""
-        place = [self.seeds.index(arm.seed) for arm in arms]
+    def of(self, arms: list[Arm]) -> tuple[list[int], Tensor, Tensor, Tensor, Tensor]:
+        """Which world, beta (M, 1), reward, log sft and log pi* (M, N) of each arm, in float64."""
+        world = [self.seeds.index(arm.seed) for arm in arms]
         beta = torch.tensor([[arm.beta] for arm in arms], dtype=torch.float64)
-        reward, log_sft = self.reward[place], self.log_sft[place]
-        return beta, reward, log_sft, optimum(log_sft, reward, beta)
+        reward, log_sft = self.reward[world], self.log_sft[world]
+        return world, beta, reward, log_sft, optimum(log_sft, reward, beta)
 
 
 def take(weights: Weights, index) -> Weights:
@@ -113,7 +113,7 @@ def fit(space: Space, weights: Weights, loss_of, config: Config, label: str, wat
     bar = tqdm(range(config.steps), desc=label, mininterval=1, leave=False, disable=not label)
     for step in bar:
         done = max(0, step - config.warmup) / max(1, config.steps - config.warmup)
-        rate = min(1, (step + 1) / config.warmup) * (1 + math.cos(math.pi * done)) / 2
+        rate = min(1, (step + 1) / max(1, config.warmup)) * (1 + math.cos(math.pi * done)) / 2
         optimizer.param_groups[0]["lr"] = config.learning_rate * rate
         logps = space.logps(weights)
         if watch:
@@ -161,12 +161,9 @@ def sampled_loss(method: Method, K: int, logps, log_sft, reward, beta, y, unifor
     if method.label_smoothing is not None:  # beta_pi = beta
         target = exo.preference_target(method.label_smoothing)
         mean = method.loss(beta * policy, beta * ref, target)
-    elif method.on_policy:
-        rho = policy.detach()
-        target = exo.on_policy_target(r / beta, ref, rho)
-        mean = method.loss(policy, exo.on_policy_ref(ref, rho), target)
-    else:
-        mean = method.loss(policy, ref, exo.reward_target(r / beta))
+    else:  # who drew: for sft's own draws this is the plain reward_target
+        rho = policy.detach() if method.on_policy else ref
+        mean = method.loss(policy, rho, exo.on_policy_target(r / beta, ref, rho))
     return mean * len(logps)  # the models are folded into the mean over groups: back to their sum
 
 
@@ -174,8 +171,8 @@ def train(setup, arms, label, start=None, config=None, watch=None) -> Weights:
     """Every arm's policy, from its world's sft or from `start` (stacked like arms) -> weights. Arms
     of one method and K must be neighbours. config: the setup's, with another schedule."""
     config = config or setup.config
-    place = [setup.seeds.index(arm.seed) for arm in arms]
-    beta, reward, log_sft, log_star = (x.float() for x in setup.of(arms))
+    world, *exact = setup.of(arms)
+    beta, reward, log_sft, log_star = (x.float() for x in exact)
     random, n = generators(setup.seeds, "draws"), config.draws
     groups = [
         (*key, len([*own])) for key, own in itertools.groupby(arms, lambda a: (a.method, a.K))
@@ -195,12 +192,12 @@ def train(setup, arms, label, start=None, config=None, watch=None) -> Weights:
             if K is None:
                 total += exact_kl(method, own, log_star[at]).sum()
             else:
-                shared, seen = (log_sft[at], reward[at], beta[at]), (y, uniform, coin)
-                theirs = (x[place[at]] for x in seen)
-                total += sampled_loss(METHODS[method], K, own, *shared, *theirs)
+                theirs = (log_sft[at], reward[at], beta[at])
+                seen = (x[world[at]] for x in (y, uniform, coin))
+                total += sampled_loss(METHODS[method], K, own, *theirs, *seen)
         return total
 
-    start = take(setup.sft, place) if start is None else start
+    start = take(setup.sft, world) if start is None else start
     return fit(setup.space, start, loss_of, config, label if 0 in setup.seeds else "", watch)
 
 
@@ -225,8 +222,8 @@ def exact_fits(setup: Setup, starts: Weights, arms: list[Arm]) -> tuple[list[Arm
 
     starts: where `arms` ended. All descend a third of the steps, again and again; each round drops
     the worse half of a seed's, down to three. Then the rate halves from round to round, until one
-    lowers no seed's best by 0.02 nats (at most 16 rounds). The lowest ever seen counts: no proof
-    that nothing lower exists."""
+    at a lower rate gains no seed 0.02 nats (at most 16 rounds). The lowest ever seen counts: no
+    proof that nothing lower exists."""
     count, rate = len(arms) // len(setup.seeds), setup.config.learning_rate
     arms = [replace(arm, method=name, K=None) for name in EXACT for arm in arms]
     weights, before = {name: torch.cat([w, w]) for name, w in starts.items()}, torch.inf
@@ -238,10 +235,9 @@ def exact_fits(setup: Setup, starts: Weights, arms: list[Arm]) -> tuple[list[Arm
         each = zip(arms, setup.space.exact(weights), setup.of(arms)[-1], strict=True)
         objective = [exact_kl(arm.method, *x).item() for arm, *x in each]
         now = torch.tensor([objective[i] for i in fittest(arms, objective, 1)])
-        if count == FINALISTS:
-            if (before - now).max() < MOVED:
-                break
-            rate /= 2
+        if rate < setup.config.learning_rate and (before - now).max() < MOVED:
+            break
+        rate = rate / 2 if count <= FINALISTS else rate
         count, before = max(FINALISTS, count // 2), now
         index = fittest(arms, objective, count)
         arms, weights = [arms[i] for i in index], take(weights, index)

@@ -7,6 +7,7 @@ What is measured of a policy, exactly, and the default run: one row per policy.
     on, modes                mass within 3 tokens of a bump's centre; bumps with more than 2 % of it
     between                  mass within 3 tokens of a crossing of one bump's row and another's
                              column, and on no bump: the plaid, where pi* has next to nothing
+    asymmetry                mass to be moved to swap the two tokens: 0 for a symmetric product
 """
 
 from dataclasses import asdict, replace
@@ -45,9 +46,9 @@ def places(centres: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
 
 def measure(setup: Setup, arms: list[Arm], log_pi: Tensor) -> list[dict]:
     """One row per policy (M, N), one an arm: what it is, and the columns above."""
-    beta, reward, log_sft, log_star = setup.of(arms)
-    centres = setup.centres[[setup.seeds.index(arm.seed) for arm in arms]]
-    bump, crossing = places(centres, setup.config.vocab_size)
+    world, beta, reward, log_sft, log_star = setup.of(arms)
+    V = setup.config.vocab_size
+    bump, crossing = places(setup.centres[world], V)
     pi, kl_sft = log_pi.exp(), kl(log_pi, log_sft)
     held = (pi[..., None] * bump).sum(dim=1)  # (M, 6)
     values = {
@@ -60,6 +61,7 @@ def measure(setup: Setup, arms: list[Arm], log_pi: Tensor) -> list[dict]:
         "on": held.sum(dim=-1),
         "between": (pi * crossing).sum(dim=-1),
         "modes": (held > HELD).sum(dim=-1),
+        "asymmetry": (pi.view(-1, V, V) - pi.view(-1, V, V).mT).abs().sum(dim=(1, 2)) / 2,
     }
     columns = zip(*(x.tolist() for x in values.values()), strict=True)
     measured = [dict(zip(values, row, strict=True)) for row in columns]
@@ -75,18 +77,22 @@ def fit_worlds(config: Config, seeds: list[int], spec: list[tuple]) -> dict:
     filmed = [i for i, arm in enumerate(arms) if (arm.method, arm.K) in FILMED and arm.seed == 0]
     actors = [arms[i] for i in filmed]
 
+    def shoot(step: int, logps: Tensor) -> None:
+        on = [row["on"] for row in measure(setup, actors, logps.double())]
+        film.append({"step": step, "logps": logps.tolist(), "on": on})
+
     def watch(step: int, weights: dict, logps: Tensor) -> None:
-        if actors and (step + 1) % max(1, config.steps // 40) == 0:
-            seen = logps[filmed].double()
-            on = [row["on"] for row in measure(setup, actors, seen)]
-            film.append({"step": step + 1, "logps": seen.tolist(), "on": on})
+        if actors and step % max(1, config.steps // 40) == 0:
+            shoot(step, logps[filmed])
 
     ended = train(setup, arms, f"n_embd {config.n_embd}, all methods", watch=watch)
+    log_ended = setup.space.exact(ended)
+    if actors:
+        shoot(config.steps, log_ended[filmed])
     exact, log_exact = exact_fits(setup, ended, arms)
     stars = [Arm("pi-star", None, config.beta, seed) for seed in seeds]
-    log_pi = [setup.log_sft, setup.of(stars)[-1], setup.space.exact(ended), log_exact]
+    log_pi = torch.cat([setup.log_sft, setup.of(stars)[-1], log_ended, log_exact])
     arms = [replace(star, method="sft") for star in stars] + stars + arms + exact
-    rows, log_pi = measure(setup, arms, torch.cat(log_pi)), torch.cat(log_pi)
     pictures = {
         f"{arm.method} {arm.K or ''}".strip(): [round(x, 3) for x in logps.tolist()]
         for arm, logps in zip(arms, log_pi, strict=True)
@@ -94,6 +100,7 @@ def fit_worlds(config: Config, seeds: list[int], spec: list[tuple]) -> dict:
     }
     each = zip(seeds, setup.centres.tolist(), setup.log_sft.tolist(), strict=True)
     worlds = [{"seed": seed, "centres": centres, "log_sft": x} for seed, centres, x in each]
+    rows = measure(setup, arms, log_pi)
     return {"worlds": worlds, "rows": rows, "pictures": pictures, "film": film}
 
 

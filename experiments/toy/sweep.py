@@ -5,9 +5,9 @@ The curves behind the table (`python train.py --sweep`): each a piece of sweep.j
                  the cosine of each loss's expected gradient, over K draws of sft, with the gradient
                  of J, and its distance to its limit (EXO's: J's; DPO's: the forward KL's), in
                  float64, from 2^20 draws in 16 batches (error: jackknife over these).
-    frontier     E[r] against KL(pi || sft): for each method, seed and target beta is bisected until
-                 the fit's KL is within 0.05 of it, at most nine times. `matched` has the nearest
-                 fits, all measured; who does not arrive is missing.
+    frontier     E[r] against KL(pi || sft), every method and seed at 16 betas from 0.02 to 8, and
+                 by bisection at each target KL: `matched` has the fits within 0.05 of it. All are
+                 measured, nothing is interpolated; who does not arrive is missing.
     capacity     the table's columns at each n_embd, of sft and policy, and the exact fits there.
     efficiency   regret J(pi*) - J(pi) against completions read and rated: of each method and budget
                  the K and learning rate with the lowest mean regret on seeds 100 to 103.
@@ -15,6 +15,7 @@ The curves behind the table (`python train.py --sweep`): each a piece of sweep.j
 sweep.json is written anew after each piece, so a run that is stopped keeps the pieces it has.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -108,41 +109,58 @@ def directions(config: Config, seeds: list[int]) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 # The frontier, and policies at equal distance from sft
 
-BETAS = [0.02 * 400 ** (i / 8) for i in range(9)]  # of pi*'s curve; the ends bracket all searches
-TARGETS, WITHIN, BISECTIONS = (0.5, 1.0, 1.5, 2.0, 2.5), 0.05, 9
+BETAS = [0.02 * 400 ** (i / 15) for i in range(16)]  # 0.02 to 8
+TARGETS, WITHIN, BISECTIONS = (0.5, 1.0, 1.5, 2.0, 2.5), 0.05, 5
+
+
+def runs(rows: list[dict]) -> list[list[dict]]:
+    """The rows of each method, K and seed, by falling beta: on their way from sft."""
+    found: dict[tuple, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: -row["beta"]):
+        found.setdefault((row["method"], row["K"], row["seed"]), []).append(row)
+    return list(found.values())
+
+
+def arrival(own: list[dict], target: float) -> dict | None:
+    """The first policy on the way that is near enough."""
+    return next((row for row in own if abs(row["kl_sft"] - target) <= WITHIN), None)
+
+
+def missing(own: list[dict]) -> set[float]:
+    """Betas between the first two neighbours that straddle a target nobody is near."""
+    betas = set()
+    for target in TARGETS:
+        for a, b in itertools.pairwise(own if not arrival(own, target) else []):
+            if (a["kl_sft"] - target) * (b["kl_sft"] - target) < 0:
+                betas.add(math.sqrt(a["beta"] * b["beta"]))
+                break
+    return betas
 
 
 def frontier(config: Config, seeds: list[int]) -> list[dict]:
-    """All policies met in search of each target, and pi*."""
+    """Every method on the grid of betas, then where bisection leads; and pi*."""
     setup, rows = prepare(config, seeds), []
     spec = [(m, K) for m, K in SPEC if m != "rloo"]  # as exo-online
-    bracket = {(*arm, seed, t): BETAS[::8] for arm in spec for seed in seeds for t in TARGETS}
-    for number in range(BISECTIONS):
-        tries = {key: math.sqrt(low * high) for key, (low, high) in bracket.items()}
-        arms = list(dict.fromkeys(Arm(m, K, b, seed) for (m, K, seed, _), b in tries.items()))
-        ended = train(setup, arms, f"frontier, bisection {number + 1} of {BISECTIONS}")
-        rows += (found := measure(setup, arms, setup.space.exact(ended)))
-        reached = {arm: row["kl_sft"] for arm, row in zip(arms, found, strict=True)}
-        for (m, K, seed, target), beta in tries.items():
-            low, high = bracket.pop((m, K, seed, target))
-            if (
-                abs((far := reached[Arm(m, K, beta, seed)]) - target) > WITHIN
-            ):  # larger beta: nearer
-                bracket[m, K, seed, target] = (beta, high) if far > target else (low, beta)
-        if not bracket:
-            break
+    arms = [Arm(m, K, beta, seed) for m, K in spec for beta in BETAS for seed in seeds]
+    for number in range(BISECTIONS + 1):
+        for part in range(0, len(arms), 640):  # all at once would need gigabytes
+            some = arms[part : part + 640]
+            ended = train(setup, some, f"frontier, bisection {number}")
+            rows += measure(setup, some, setup.space.exact(ended))
+        arms = [
+            Arm(own[0]["method"], own[0]["K"], beta, own[0]["seed"])
+            for own in runs(rows)
+            for beta in sorted(missing(own))
+        ]
+        arms.sort(key=lambda arm: spec.index((arm.method, arm.K)))
     stars = [Arm("pi-star", None, beta, seed) for beta in BETAS for seed in seeds]
     return rows + measure(setup, stars, setup.of(stars)[-1])
 
 
 def matched(rows: list[dict]) -> list[dict]:
-    """The policy nearest to each target, of each method, K and seed, if it is near enough."""
-    best: dict[tuple, dict] = {}
-    for row, t in ((row, t) for row in rows if row["method"] != "pi-star" for t in TARGETS):
-        key, away = (row["method"], row["K"], row["seed"], t), abs(row["kl_sft"] - t)
-        if away <= WITHIN and (key not in best or away < abs(best[key]["kl_sft"] - t)):
-            best[key] = {"target": t} | row
-    return list(best.values())
+    """For each method, K, seed and target the policy that arrives, if one does."""
+    tries = ((t, arrival(own, t)) for own in runs(rows) for t in TARGETS)
+    return [{"target": t} | row for t, row in tries if row and row["method"] != "pi-star"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,7 +169,7 @@ def matched(rows: list[dict]) -> list[dict]:
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 WIDE = [(m, 64) for m in ("exo-rw", "dpo-rw", "exo-online", "dpo-online")]
 WIDE += [(m, None) for m in DESCENTS]
-DRAWS, RATES = (64, 256, 1024, 4096), (1 / 4, 1 / 2, 1)  # a step; of config.learning_rate
+DRAWS, RATES = (64, 256, 1024, 4096), (1 / 2, 1, 2)  # a step; of config.learning_rate
 TUNING = [100, 101, 102, 103]
 LEARNERS = ("exo-rw", "dpo-rw", "exo-pref", "dpo-pref", "exo-online", "dpo-online", "rloo")
 
@@ -200,6 +218,10 @@ def halves(seeds: list[int]) -> list[list[int]]:
     return [half for half in (seeds[::2], seeds[1::2]) if half]
 
 
+def rounded(row: dict) -> dict:
+    return {key: round(x, 5) if isinstance(x, float) else x for key, x in row.items()}
+
+
 def sweep_all(out: Path, seeds: list[int], config: Config) -> dict:
     plt, done = pyplot(), {"config": asdict(config) | {"seeds": len(seeds)}}
     for piece in (directions, frontier, capacity, efficiency):
@@ -207,9 +229,9 @@ def sweep_all(out: Path, seeds: list[int], config: Config) -> dict:
         parts = in_parallel(piece, [(config, half) for half in halves(own)])
         rows = [row for part in parts for row in part]
         name = piece.__name__
-        done[name] = tuned(rows) if piece is efficiency else rows
+        done[name] = [rounded(row) for row in (tuned(rows) if piece is efficiency else rows)]
         if piece is frontier:
-            done |= {"matched": matched(rows), "betas": BETAS}
+            done["matched"] = matched(done[name])
         write_json(out / "sweep.json", done)
         if plt:
             save(plt, SWEPT[name], done, out / f"{name}.png")

@@ -40,9 +40,7 @@ class Config:
     n_embd: int = 3  # of sft and policies: one layer, one head
     beta: float = 0.5  # of J = E[r] - beta KL(pi || sft)
     steps: int = 600  # of Adam with betas (0.9, 0.99)
-    learning_rate: float = (
-        2e-2  # falls to 0 along a cosine; of 5e-3 ... 5e-2 good for both exact KLs
-    )
+    learning_rate: float = 2e-2  # falls to 0 along a cosine
     warmup: int = 20
     draws: int = 1024  # completions a step, whatever K
 
