@@ -34,8 +34,7 @@ from experiments.frontier import (
     REWARDS,
     SMOOTHING,
 )
-from experiments.frontier_corpus import corpus_rows
-from experiments.frontier_judge import CPU, JUDGE_SEED, Judges, density, from_grammar, read_rows
+from experiments.frontier_judge import CPU, JUDGE_SEED, Judges, density, read_rows
 
 SFT_SEED, POOL_SEED, LABEL_SEED = 11, 33, 44  # which draws these are
 HELD_OUT = 500  # rows beside the training rows
@@ -87,13 +86,7 @@ def stage(out: Path, argv: list) -> None:
 def make_sft(out: Path, name: str, spec: dict) -> dict:
     folder, n, seed = out / "runs" / name, spec["sft_rows"], spec["seed"]
     # seeds read different reviews, and widths the same
-    if from_grammar(spec):
-        rows = reviews.rows(n + HELD_OUT, seed)
-    else:
-        rows = corpus_rows(n + HELD_OUT, seed)
-    if len(rows) < spec["prompts"] + HELD_OUT:
-        few, need = len(rows), spec["prompts"] + HELD_OUT
-        raise InputError(f"the corpus has {few} usable sentences, give one with {need} or more")
+    rows = reviews.rows(n + HELD_OUT, seed)
     held = rows[-HELD_OUT:]
     write_rows(folder / "sft.jsonl", rows[:-HELD_OUT])
     write_rows(folder / "held_out.jsonl", held)
@@ -231,7 +224,7 @@ def make_limits(out: Path, _: str, spec: dict) -> dict:
     sft, ckpt = train.load_gpt(out / "runs" / spec["sft"])
     draws = judges.draw(sft, ckpt["encoding"])
     result["sft"] = judges.judge(sft, sft, draws)
-    result["samples"] = judges.samples(sft, ckpt["encoding"], draws)
+    result["samples"] = judges.samples(draws)
     for method, name in (("best-of-n", "rm"), ("best-of-n-oracle", "oracle")):
         if name in judges.held:
             score = judges.held[name]["pool"]
@@ -310,7 +303,7 @@ def make_policy(out: Path, name: str, spec: dict) -> dict:
         stage(folder, argv)
     gpt, _ = train.load_gpt(folder)
     draws = judges.draw(gpt, ckpt["encoding"])
-    result = {"samples": judges.samples(gpt, ckpt["encoding"], draws), "path": []}
+    result = {"samples": judges.samples(draws), "path": []}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         if "judged" in record:
