@@ -3,33 +3,25 @@ From rows of text to batches of groups. One shape runs through everything, the *
 prompt, K completions. A preference pair is a group with K = 2, chosen first; a row with rewards has
 its own K; a text to imitate is a group with K = 1.
 
-    JSONL line -> parse_row (text, checked) -> Groups (token ids in flat arrays, in memory or
-    mapped from a folder) -> collate (one batch)
+    JSONL line -> parse_row (text, checked) -> Groups (token ids in flat arrays) -> collate
 
 Texts are encoded apart and joined as token ids, never as text: what a completion's tokens are does
 not depend on its prompt. Special tokens written inside texts stay plain text.
 
 Simplifications: an epoch's order depends on (seed, epoch) alone; texts without a prompt are
 concatenated with [end of text] between them and cut into blocks, so one text may see the end of
-another. Files are read row by row, except that a .txt file is one row, and a .json file is parsed
-whole: what exceeds memory must be .jsonl.
+another. The tokens of all files are in memory at once, 4 bytes each.
 """
 
-import contextlib
 import dataclasses
 import functools
 import gzip
-import hashlib
 import importlib
-import io
-import itertools
 import json
 import math
-import shutil
-import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,60 +86,6 @@ def load_function(name: str, flag: str):
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(f"{flag} {name}: {error}") from error
-
-
-def hugging_face_tokenizer(encoding: tiktoken.Encoding, block_size: int) -> dict[str, str] | None:
-    """What AutoTokenizer needs to encode as `gpt2` does: {file name: text}; None for any other
-    encoding, for which transformers' GPT-2 tokenizer cuts text differently.
-
-    They agree on ordinary text; in `transformers` a literal <|endoftext|> becomes the special
-    token, here it stays text.
-    """
-    if encoding.name != "gpt2":
-        return None
-    ranks, letter = encoding._mergeable_ranks, byte_letters()
-
-    def spell(token: bytes) -> str:
-        return "".join(letter[b] for b in token)
-
-    special = encoding.decode([encoding.eot_token])
-    vocab = {spell(token): rank for token, rank in ranks.items()} | {special: encoding.eot_token}
-    merges = [" ".join(map(spell, pair)) for pair in recover_merges(ranks)]
-    config = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": block_size,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), special),
-    }
-    return {
-        "vocab.json": json.dumps(vocab, ensure_ascii=False) + "\n",
-        "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
-        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
-    }
-
-
-def byte_letters() -> list[str]:
-    """GPT-2's printable letter for each byte: printable Latin-1 stands for itself, the others get
-    the letters from 256 on, in order."""
-    plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    spare = itertools.count(256)
-    return [chr(b if b in plain else next(spare)) for b in range(256)]
-
-
-def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges that made a BPE vocabulary, in order: the last merge of each token joins the two
-    parts that the merges before it leave of its bytes."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            joined = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
-            i = joined.index(min(joined))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
 
 
 # ------------------------------------------------------------------------------
@@ -438,19 +376,10 @@ def read_files(paths: list, use: str, report: Report) -> Iterator[tuple[str, Row
 # Groups: token ids in flat arrays
 
 
-DTYPES = {
-    "tokens": np.int32,
-    "offsets": np.int64,
-    "first": np.int64,
-    "ended": np.bool_,
-    "rewards": np.float64,
-}
-
-
 @dataclasses.dataclass
 class Groups:
     """G groups in flat arrays, so that a hundred thousand cost no Python objects and slices are
-    views. The arrays may be read-only maps of files.
+    views.
 
     Segment s is tokens[offsets[s]:offsets[s + 1]]. Group g owns the segments from first[g], its
     prompt (never empty), up to first[g + 1]; those after the prompt are its completions.
@@ -492,28 +421,15 @@ class Groups:
         """(G,) bool: True for a preference pair, which has an order and no rewards."""
         return np.isnan(self.rewards[self.first[:-1] + 1])
 
-    def digest(self) -> str:
-        """Names what a model scores here: two Groups with the same digest get the same log-probs,
-        in the same places. Rewards do not count."""
-        sha = hashlib.sha256(
-            repr((self.eot, len(self.tokens), len(self.ended), len(self))).encode()
-        )
-        for name in ("tokens", "offsets", "first", "ended"):
-            sha.update(np.ascontiguousarray(getattr(self, name), DTYPES[name]))
-        return sha.hexdigest()
-
 
 class Builder:
-    """Collects groups, cut to block_size, and writes the flat arrays as they are made: to a folder,
-    or to memory."""
+    """Collects groups, cut to block_size, and joins them into flat arrays."""
 
-    def __init__(self, block_size: int, eot: int, report: Report, folder: Path | None = None):
-        self.block_size, self.eot, self.report, self.folder = block_size, eot, report, folder
-        self.memory = {name: io.BytesIO() for name in DTYPES}
-        self.n_tokens = self.n_segments = self.n_groups = 0
-        self.segments, self.first, self.ended, self.rewards = [], [], [], []  # not yet written
+    def __init__(self, block_size: int, eot: int, report: Report):
+        self.block_size, self.eot, self.report = block_size, eot, report
+        self.segments: list[np.ndarray] = []  # prompts and completions in order
+        self.first, self.ended, self.rewards = [0], [], []  # as in Groups
         self.text = np.array([eot], np.int32)  # running text that fills no block yet
-        self.write(offsets=[0], first=[0])
 
     def add(self, prompt, completions: list, rewards=None, ended=True) -> bool:
         """Add a group of token ids (lists or int32 arrays); False if cutting left fewer distinct
@@ -539,13 +455,9 @@ class Builder:
     def put(self, prompt, completions: list, ended: list[bool], rewards=None) -> None:
         """Add a group as it is: drawn completions fit already, and equal ones are two draws."""
         self.segments += [np.asarray(ids, np.int32) for ids in (prompt, *completions)]
-        self.n_segments += 1 + len(completions)
-        self.n_groups += 1
-        self.first.append(self.n_segments)
+        self.first.append(len(self.segments))
         self.ended += [False, *ended]
         self.rewards += [math.nan, *(rewards or [math.nan] * len(completions))]
-        if len(self.segments) >= 4096:
-            self.flush()
 
     def add_text(self, text: np.ndarray, last: bool = False) -> None:
         """Add running text in blocks, in each of which every token is predicted once, after its
@@ -557,30 +469,15 @@ class Builder:
             self.add(block[:1], [block[1:]], ended=False)
         self.text = text[stop:].copy()  # a view would keep the whole text alive
 
-    def flush(self) -> None:
-        if self.segments:
-            offsets = self.n_tokens + np.cumsum([len(x) for x in self.segments])
-            self.n_tokens = offsets[-1]
-            tokens = np.concatenate(self.segments)
-            self.write(tokens, offsets, self.first, self.ended, self.rewards)
-            self.segments, self.first, self.ended, self.rewards = [], [], [], []
-
-    def write(self, tokens=(), offsets=(), first=(), ended=(), rewards=()) -> None:
-        parts = (tokens, offsets, first, ended, rewards)
-        for (name, dtype), part in zip(DTYPES.items(), parts, strict=True):
-            part = np.asarray(part, dtype)
-            if self.folder:
-                with open(self.folder / name, "ab") as file:
-                    file.write(part)
-            else:
-                self.memory[name].write(part)
-
     def groups(self) -> Groups:
-        self.flush()
-        if self.folder:
-            return map_groups(self.folder, self.eot)
-        arrays = (np.frombuffer(self.memory[name].getbuffer(), t) for name, t in DTYPES.items())
-        return Groups(*arrays, self.eot)
+        return Groups(
+            tokens=np.concatenate([np.empty(0, np.int32), *self.segments]),
+            offsets=np.cumsum([0, *map(len, self.segments)]),
+            first=np.array(self.first),
+            ended=np.array(self.ended, np.bool_),
+            rewards=np.array(self.rewards, np.float64),
+            eot=self.eot,
+        )
 
 
 def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
@@ -592,35 +489,18 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
 
 
 def read_groups(
-    paths: list,
-    encoding: tiktoken.Encoding,
-    block_size: int,
-    use: str = "preference",
-    cache: str | Path | None = None,
+    paths: list, encoding: tiktoken.Encoding, block_size: int, use: str = "preference"
 ) -> tuple[Groups, Report]:
     """All usable rows of the files as groups, in file order, and what was left out.
 
     use: `preference` (pairs, or completions with rewards), `sft` (K = 1: the completion, the
-    chosen, or the one with the highest reward; running text in blocks), `prompt` (K = 0). cache: a
-    folder that keeps the arrays, memory-mapped: a corpus may exceed memory, and the next call with
-    the same content, tokenizer, block_size and use finds them there. Raises InputError for a file
-    or row that cannot be read, if nothing is usable, or for a cache that cannot be written.
+    chosen, or the one with the highest reward; running text in blocks), `prompt` (K = 0). Raises
+    InputError for a file or row that cannot be read, or if nothing is usable.
     """
     if block_size < 2:
         raise InputError(f"block_size must be at least 2, got {block_size}")
-    build = functools.partial(build_groups, paths, encoding, block_size, use)
-    if cache is None:
-        return build()
-    store = Path(cache) / store_key(paths, encoding, block_size, use)
-    return open_store(store, encoding.eot_token) or build_store(store, build)
-
-
-def build_groups(
-    paths: list, encoding: tiktoken.Encoding, block_size: int, use: str, folder: Path | None = None
-) -> tuple[Groups, Report]:
-    """read_groups without a cache; folder: an empty one for the arrays, instead of memory."""
     report = Report()
-    builder = Builder(block_size, encoding.eot_token, report, folder)
+    builder = Builder(block_size, encoding.eot_token, report)
     ids = functools.partial(encode, encoding)  # in this thread: two took 1.4 times the CPU time for
     # the same wall time, passing the GIL around
     for _, row in read_files(paths, use, report):
@@ -635,73 +515,10 @@ def build_groups(
             else:
                 builder.add(ids(row.prompt), [best])
     builder.add_text(np.empty(0, np.int32), last=True)
-    if not builder.n_groups:
+    if not builder.segments:
         names = ", ".join(map(str, paths))
         raise InputError(f"{names}: nothing usable ({report})")
     return builder.groups(), report
-
-
-# ------------------------------------------------------------------------------
-# Stores: groups in a folder, one raw file an array, and a header to check them by
-
-
-STORE_VERSION = 1  # part of every key: raise it when the arrays of the same files would change
-
-
-def store_key(paths: list, encoding: tiktoken.Encoding, block_size: int, use: str) -> str:
-    """Says what the arrays are made of: contents, not names or places, of files and tokenizer."""
-    vocabulary = (encoding.name, encoding._pat_str, encoding._special_tokens)
-    words = sorted(encoding._mergeable_ranks.items())
-    files = [(file_kind(path), file_sha256(path)) for path in map(Path, paths)]
-    made_of = (STORE_VERSION, vocabulary, words, block_size, use, files)
-    return hashlib.sha256(repr(made_of).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def map_groups(folder: Path, eot: int) -> Groups:
-    return Groups(*(np.memmap(folder / name, t, "r") for name, t in DTYPES.items()), eot)
-
-
-def open_store(store: Path, eot: int) -> tuple[Groups, Report] | None:
-    """The groups and report of a finished store; None if there is none, or a damaged one."""
-    try:
-        header = json.loads((store / "header.json").read_text())
-        if header["sha256"] != {name: file_sha256(store / name) for name in DTYPES}:
-            return None
-        report = Report(**header["report"] | {"unusable": Counter(header["report"]["unusable"])})
-        return map_groups(store, eot), report
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def build_store(store: Path, build: Callable) -> tuple[Groups, Report]:
-    """build(folder=...) in a new folder, renamed to `store` when complete: whoever opens `store`
-    sees all of it or nothing. A killed process leaves its folder `tmp*` behind."""
-    try:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=store.parent) as temporary:
-            folder = Path(temporary) / "store"
-            folder.mkdir()
-            groups, report = build(folder=folder)
-            header = {
-                "report": vars(report),
-                "sha256": {name: file_sha256(folder / name) for name in DTYPES},
-            }
-            (folder / "header.json").write_text(json.dumps(header, indent=2) + "\n")
-            if open_store(store, groups.eot) is None:
-                shutil.rmtree(store, ignore_errors=True)  # damaged
-            with contextlib.suppress(OSError):  # another process was quicker: its store will do,
-                folder.rename(store)  # and our arrays stay mapped, even once deleted
-            return groups, report
-    except OSError as error:
-        raise InputError(f"cannot write to {store.parent}: {error.strerror or error}") from error
 
 
 # ------------------------------------------------------------------------------

@@ -325,10 +325,9 @@ class GPT(nn.Module):
             len(rows), device=device
         )  # where in `out` each row of the cache belongs
         ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        head = repeated_head(self, len(rows))
         for t in range(max_new_tokens):
             x = self.hidden(idx[:, None], pos[:, None], cache)[:, 0]
-            idx = draw(head(x), uniform[t], temperature, top_k)
+            idx = draw(self.head(x), uniform[t], temperature, top_k)
             out[t].index_copy_(0, alive, idx)
             pos = pos + 1
             if eot is not None:
@@ -361,23 +360,6 @@ class GPT(nn.Module):
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-
-
-def repeated_head(gpt: GPT, rows: int):
-    """gpt.head, to be called for token after token with about so many rows.
-
-    A CPU's matmul of few rows with a large matrix spends most of its time bringing the matrix into
-    the order it wants; oneDNN can keep that order. (The operators are torch's own, made for its
-    compiler; where they are missing, nothing is kept.)
-    """
-    weight, ops = gpt.wte.weight.detach(), torch.ops.mkldnn
-    plain = compute_dtype(weight) == weight.dtype == torch.float32
-    large = weight.numel() >= 2**20 and rows >= 4
-    on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if not (plain and large and on_cpu and hasattr(ops, "_reorder_linear_weight")):
-        return gpt.head
-    packed = ops._reorder_linear_weight(weight, rows)
-    return lambda x: ops._linear_pointwise(x, packed, None, "none", [], "")
 
 
 def draw(
@@ -579,14 +561,6 @@ class ChunkedLogps(torch.autograd.Function):
             torch.mm(d.T, gx, out=dw[part])
             del logits, d
         return (dx * grad).to(x.dtype), dw.neg_(), None
-
-
-def forward_flops(config: GPTConfig, tokens: int, seen: int, scored: int) -> int:
-    """Matmul FLOPs of a forward pass: `tokens` through the trunk, `seen` (query, key) pairs,
-    `scored` tokens through the head."""
-    trunk = 24 * config.n_layer * config.n_embd**2  # qkv 6, projection 2, MLP 16
-    pair = 4 * config.n_layer * config.n_embd  # its score, and its value's share
-    return trunk * tokens + pair * seen + 2 * config.n_embd * config.vocab_size * scored
 
 
 # ------------------------------------------------------------------------------

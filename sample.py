@@ -12,15 +12,43 @@ Text from a checkpoint: prompts in, n completions of each out.
 starts at [end of text]. A draw depends on --seed and on its prompt's place among the prompts, never
 on its batch mates: --batch_size changes speed and nothing else.
 
---out is written row by row. A stopped command, given again, goes on: it skips the rows whose prompt
-(and, with --score, completions) the file has already. `torchrun` shares the prompts of a batch over
-its processes.
+--score with --ref writes what an analysis of a run needs: the number of each row, log-probs of both
+models and the target that they are compared with.
+
+--out grows by whole lines. The same command, given again, goes on: it skips as many rows as the
+file has lines. `torchrun` shares the prompts of a batch over its processes.
 """
 
 import argparse
 import json
+import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import exo
+from data import Builder, InputError, Report, Row, decode, get_encoding, read_files
+from model import Scorer
+from train import (
+    autocast,
+    gather,
+    leave,
+    load_gpt,
+    load_reward,
+    make_folder,
+    only_first,
+    processes,
+    rank,
+    say,
+    score,
+    world,
+    write_json,
+)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -34,6 +62,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--prompt", help="one prompt")
     add("--prompts", metavar="FILE", help="a file of rows with prompts")
     add("--score", metavar="FILE", help="rate the completions of these rows instead of sampling")
+    add("--ref", metavar="PATH", help="with --score: another model's log-probs, and the target")
+    add("--beta_r", type=float, default=1.0, help="with --ref: temperature of rewards")
+    add("--label_smoothing", type=float, default=0.0, help="with --ref: of pairs")
     add("--reward", metavar="SPEC", help="reward model's run folder, or module:function")
     add("-n", type=int, default=1, help="completions of each prompt")
     add("--best_of", type=int, metavar="N", help="each completion is the best of N by --reward")
@@ -63,6 +94,10 @@ def rules(args: argparse.Namespace):
     yield not (args.score and asked), "--score brings its own prompts: leave out --prompt(s)"
     yield not (args.score and args.best_of), "--score draws nothing: leave out --best_of"
     yield not (args.score and args.temperature == 0), "--score needs a temperature above 0"
+    yield not args.ref or args.score, "--ref is for --score"
+    yield args.beta_r > 0, f"beta_r must be above 0, got {args.beta_r}"
+    ok = 0 <= args.label_smoothing < 0.5
+    yield ok, f"label_smoothing must be in [0, 0.5), got {args.label_smoothing}"
     yield not args.best_of or args.reward, "--best_of needs --reward to know the best"
     for name in ("prompts", "score"):
         given = getattr(args, name)
@@ -76,47 +111,6 @@ def rules(args: argparse.Namespace):
         yield value is None or value >= 1, f"{name} must be at least 1"
 
 
-if __name__ == "__main__":
-    parse(sys.argv[1:])  # --help and mistakes are answered before the slow imports
-
-# ruff: noqa: E402
-import os
-from collections import Counter
-from collections.abc import Callable
-
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from data import (
-    Builder,
-    InputError,
-    Report,
-    Row,
-    decode,
-    get_encoding,
-    hugging_face_tokenizer,
-    read_files,
-)
-from model import Scorer
-from train import (
-    autocast,
-    gather,
-    leave,
-    load_gpt,
-    load_reward,
-    make_folder,
-    only_first,
-    processes,
-    rank,
-    replacing,
-    say,
-    score,
-    world,
-    write_json,
-)
-
-
 class Sampler:
     """A checkpoint and a reward, and what they make of prompts: rows as dicts. (Some encodings have
     ids without a word, which a model may draw: they are left out of the text.)"""
@@ -127,6 +121,14 @@ class Sampler:
         self.encoding = get_encoding(ckpt["encoding"])
         self.temperature = ckpt["temperature"] if args.temperature is None else args.temperature
         self.reward = load_reward(args.reward, device) if args.reward else None
+        self.ref = self.load_ref() if args.ref else None
+
+    def load_ref(self) -> Scorer:
+        """The policy's temperature is the reference's, as in training."""
+        ref, ckpt = load_gpt(self.args.ref, self.device, self.args.encoding)
+        if get_encoding(ckpt["encoding"]).n_vocab != self.encoding.n_vocab:
+            raise InputError(f"--ref {self.args.ref} has another encoding, {ckpt['encoding']}")
+        return Scorer(ref, self.temperature)
 
     # sampling
 
@@ -189,27 +191,42 @@ class Sampler:
 
     # scoring
 
-    def score(self, rows: list[Row]) -> list[dict]:
-        """The rows with `logps`, log pi of each completion (end of text included), and their
-        rewards: those of --reward, or those they have. Long rows are cut as in training."""
+    def score(self, rows: list[tuple[int, Row]]) -> list[dict]:
+        """The (number, row) with `logps`, log pi of each completion (end of text included), and
+        their rewards: those of --reward, or those they have. Long rows are cut as in training."""
         builder = Builder(self.gpt.config.block_size, self.encoding.eot_token, Report())
-        for row in rows:
+        for _, row in rows:
             prompt = self.encoding.encode_ordinary(row.prompt or "")
             for y in row.completions:
                 builder.add(prompt, [self.encoding.encode_ordinary(y)])
-        scorer, groups = Scorer(self.gpt, self.temperature), builder.groups()
-        logps = iter(score(scorer, groups, self.args, self.device)[1::2].tolist())
+        models, groups = {"logps": Scorer(self.gpt, self.temperature)}, builder.groups()
+        models |= {"ref_logps": self.ref} if self.ref else {}
+        found = {
+            name: iter(score(scorer, groups, self.args, self.device)[1::2].tolist())
+            for name, scorer in models.items()
+        }
         out = []
-        for row in rows:
+        for number, row in rows:
             ys = list(row.completions)
-            own = [next(logps) for _ in ys]
-            out.append({"prompt": row.prompt or "", "completions": ys, "logps": own})
+            own = {name: [next(logps) for _ in ys] for name, logps in found.items()}
+            out.append({"row": number} if self.ref else {})
+            out[-1] |= {"prompt": row.prompt or "", "completions": ys, **own}
             if row.rewards and not self.reward:
                 out[-1]["rewards"] = list(row.rewards)
             elif row.kind == "pair" and not self.reward:  # stays a pair
                 chosen, rejected = out[-1].pop("completions")
                 out[-1] |= {"chosen": chosen, "rejected": rejected}
-        return self.rate(out) if self.reward else out
+        out = self.rate(out) if self.reward else out
+        return [row | self.target(row) for row in out] if self.ref else out
+
+    def target(self, row: dict) -> dict:
+        """{target: p over the completions}, where the row has an order or rewards."""
+        if "chosen" in row:
+            return {"target": exo.preference_target(self.args.label_smoothing).exp()[0].tolist()}
+        if "rewards" in row:
+            rewards = torch.tensor(row["rewards"], dtype=torch.float64)
+            return {"target": exo.reward_target(rewards, self.args.beta_r).exp().tolist()}
+        return {}
 
 
 def best(row: dict, of: int) -> dict:
@@ -217,6 +234,10 @@ def best(row: dict, of: int) -> dict:
     rewards = row["rewards"]
     top = [max(range(i, i + of), key=rewards.__getitem__) for i in range(0, len(rewards), of)]
     return row | {name: [row[name][k] for k in top] for name in ("completions", "rewards")}
+
+
+TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER += ("special_tokens_map.json",)  # files of a Hugging Face folder
 
 
 # ------------------------------------------------------------------------------
@@ -232,67 +253,28 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def read_scored(args: argparse.Namespace) -> list[Row]:
+def read_scored(args: argparse.Namespace) -> list[tuple[int, Row]]:
+    """(its number in the file, from 1, and the row) of every usable row."""
     report = Report()
-    rows = [row for _, row in read_files([args.score], "score", report)]
+    rows = [(report.rows, row) for _, row in read_files([args.score], "score", report)]
     say(f"{args.score}: {report}", sys.stderr)
     return rows
 
 
-def key(prompt: str | None, completions: list) -> str:
-    """What tells a row of --out from another one."""
-    return json.dumps([prompt or "", *completions])
+def texts_of(row: dict) -> list[str]:
+    return row["completions"] if "completions" in row else [row["chosen"], row["rejected"]]
 
 
-def texts_of(row: dict) -> list:
-    return row["completions"] if "completions" in row else [row.get("chosen"), row.get("rejected")]
-
-
-def already(args: argparse.Namespace) -> Counter:
-    """How often --out has each prompt (row, for --score). A line that was cut off is removed, once
-    all others have turned out to be rows of this command."""
-    path, found = Path(args.out), Counter()
-    content = b""
-    if path.exists() and not args.overwrite:
-        content = path.read_bytes()
-        tail = content[content.rfind(b"\n") + 1 :]
-        if tail:  # no line, unless only its end is missing
-            content = content + b"\n" if is_json(tail) else content[: len(content) - len(tail)]
-    for number, line in enumerate(content.splitlines(), 1):
-        row = json.loads(line) if is_json(line) else None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise InputError(f"{path}:{number}: --out holds other rows: --overwrite replaces them")
-        texts = texts_of(row)
-        if not isinstance(texts, list) or (not args.score and len(texts) != args.n):
-            raise InputError(f"{path}:{number} has not {args.n} completions: --overwrite?")
-        found[key(row["prompt"], texts if args.score else [])] += 1
-    make_folder(path.parent)
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-    if found:
-        say(f"{path}: {found.total()} rows are there already", sys.stderr)
-    return found
-
-
-def is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
-
-
-def read_work(args: argparse.Namespace, sampler: Sampler) -> tuple[list, list, Callable]:
-    """(what to do, its keys, what does a batch of it)."""
+def read_work(args: argparse.Namespace, sampler: Sampler) -> tuple[list, Callable]:
+    """(what to do, what does a batch of it)."""
     if args.score:
-        rows = read_scored(args)
-        return rows, [key(row.prompt, row.completions) for row in rows], sampler.score
+        return read_scored(args), sampler.score
     prompts = read_prompts(args)
     lengths = [len(sampler.encoding.encode_ordinary(prompt)) for prompt in prompts]
     cut = sum(n > sampler.room() for n in lengths)
     if cut:
         say(f"{cut} prompts cut from the left to {sampler.room()} tokens", sys.stderr)
-    return list(enumerate(prompts)), [key(prompt, []) for prompt in prompts], sampler.sample
+    return list(enumerate(prompts)), sampler.sample
 
 
 def finished(args: argparse.Namespace, todo: list, work: Callable):
@@ -307,15 +289,39 @@ def write(args: argparse.Namespace, device: torch.device) -> None:
     """Every row to --out as soon as it is there. All input is read before --out is touched."""
     if not args.out.endswith(".jsonl"):
         raise InputError(f"--out {args.out}: must end in .jsonl")
-    todo, keys, work = read_work(args, Sampler(args, device))
-    done, left = only_first(already, args), []
-    for name, item in zip(keys, todo, strict=True):
-        if done[name] > 0:
-            done[name] -= 1
-        else:
-            left.append(item)
-    for row in finished(args, left, work):
+    todo, work = read_work(args, Sampler(args, device))
+    done = only_first(whole_lines, args)
+    for row in finished(args, todo[done:], work):
         only_first(append, Path(args.out), row)
+
+
+def whole_lines(args: argparse.Namespace) -> int:
+    """How many lines --out has; a last one that was cut off is removed."""
+    path, found = Path(args.out), 0
+    make_folder(path.parent)
+    try:
+        with open(path, "wb+" if args.overwrite else "ab+") as file:
+            file.seek(0)
+            content = file.read()
+            start = content.rfind(b"\n") + 1
+            if is_json(content[start:]):  # only its end is missing
+                content += file.write(b"\n") * b"\n"
+            else:
+                file.truncate(start)
+            found = content.count(b"\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    if found:
+        say(f"{path}: {found} rows are there already", sys.stderr)
+    return found
+
+
+def is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def append(path: Path, row: dict) -> None:
@@ -328,7 +334,7 @@ def append(path: Path, row: dict) -> None:
 
 def show(args: argparse.Namespace, device: torch.device) -> None:
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    todo, _, work = read_work(args, Sampler(args, device))
+    todo, work = read_work(args, Sampler(args, device))
     for row in finished(args, todo, work):
         for k, text in enumerate(texts_of(row)):
             about = [
@@ -339,7 +345,7 @@ def show(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """The checkpoint as a Hugging Face folder, with a tokenizer where transformers has its like.
+    """The checkpoint as a Hugging Face folder, with the tokenizer of the one that it began from.
 
     config.json keeps our encoding and temperature for a later --init; generation_config.json makes
     transformers' `generate` draw from the distribution that was trained.
@@ -349,21 +355,31 @@ def export(args: argparse.Namespace) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--export {out} is not an empty folder: give another")
     encoding = get_encoding(name)
-    eot, files = encoding.eot_token, hugging_face_tokenizer(encoding, gpt.config.block_size)
+    eot, files = encoding.eot_token, tokenizer_files(Path(args.checkpoint))
     generation = {"do_sample": True, "temperature": temperature, "top_k": 0}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for file, text in (files or {}).items():
-            with replacing(out / file) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        for file in files:
+            shutil.copyfile(file, out / file.name)
         generation |= {"bos_token_id": eot, "eos_token_id": eot}
         write_json(out / "generation_config.json", generation)
         gpt.save_pretrained(out, eot, exo={"encoding": name, "temperature": temperature})
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from error
     print(f"{out}: GPT-2 of {sum(p.numel() for p in gpt.parameters()):,} parameters")
-    if files is None:
-        print(f"no tokenizer is written: transformers has none for the encoding {name}")
+    if not files:
+        print(f"no tokenizer is written: training did not begin from a folder with one for {name}")
+
+
+def tokenizer_files(checkpoint: Path) -> list[Path]:
+    """Those of the Hugging Face folder that training began from, run after run."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    while (folder / "settings.json").is_file():
+        init = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["init"]
+        if not init:
+            return []
+        folder = Path(init) if Path(init).is_dir() else Path(init).parent
+    return [folder / name for name in TOKENIZER if (folder / name).is_file()]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,12 +23,50 @@ rewards; tasks (SFT, Reward, Preference, Online, PPO); the loop, which is `fit` 
 """
 
 import argparse
+import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import os
+import resource
+import signal
 import sys
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import exo
+from data import (
+    Builder,
+    Groups,
+    InputError,
+    Report,
+    collate,
+    decode,
+    epoch_batches,
+    get_encoding,
+    load_function,
+    read_groups,
+)
+from model import (
+    GPT,
+    ActorCritic,
+    Block,
+    GPTConfig,
+    RewardModel,
+    Scorer,
+    pretrained_config,
+)
 
 STAGES = ("toy", "sft", "reward", "exo", "dpo", "ppo")
 
@@ -50,10 +88,6 @@ class Settings:
     eval_data: list[str] = flag((), "held-out files")
     encoding: str | None = flag(
         None, "bytes, a tiktoken name or module:function (--init's, or bytes; Hugging Face: gpt2)"
-    )
-    cache: str = flag(
-        os.environ.get("EXO_CACHE", "out/cache"),
-        "keeps tokenized files and reference log-probs for later runs; '' keeps none",
     )
     # model
     init: str = flag(
@@ -118,7 +152,6 @@ class Settings:
     max_new_tokens: int = flag(
         64, "longest drawn completion, half of block_size at most; the KL is that of texts cut here"
     )
-    dump_eval: str = flag("", "write a JSON line per held-out group here after the last step")
     # machine
     seed: int = flag(0, "the same seed gives the same numbers")
     device: str | None = flag(None, "cuda, mps or cpu (the first there is)")
@@ -167,7 +200,7 @@ class Settings:
         init, out = os.path.realpath(s.init), os.path.realpath(s.out)
         inside = s.init and out in (init, os.path.dirname(init))
         yield not inside, f"--out {s.out} would overwrite --init {s.init}"
-        yield from s.misplaced()
+        yield not s.online or preference, "--online is for exo and dpo"
         if s.draws:
             name = f"{s.stage} --online" if s.online else s.stage
             yield s.reward, f"{name} needs --reward, a reward model or module:function"
@@ -191,7 +224,6 @@ class Settings:
             "--fsdp is for stages that draw nothing to learn from",
         )
         yield not (s.resume and s.overwrite), "give --resume or --overwrite, not both"
-        yield not s.dump_eval or s.eval_data, "--dump_eval needs --eval_data"
         positive = ("beta_pi", "beta_r", "temperature", "learning_rate", "epochs", "init_std")
         for name in (*positive, "clip", "value_clip"):
             value = getattr(s, name)
@@ -212,21 +244,6 @@ class Settings:
             value = getattr(s, name)
             yield 0 <= value <= 1, f"--{name} must be in [0, 1], got {value}"
         yield 0 <= s.beta2 < 1, f"--beta2 must be in [0, 1), got {s.beta2}"
-
-    def misplaced(self):
-        """Rules for flags that would not be read: they must be left at their default."""
-        preference = self.stage in ("exo", "dpo")
-        for flags, applies, where in (
-            ("online beta_pi beta_r loss", preference, "exo and dpo"),
-            ("init_std", not self.init, "a model from scratch, without --init"),
-            ("dump_eval", preference and not self.online, "exo and dpo without --online"),
-            ("reward", preference or self.stage == "ppo", "exo, dpo and ppo"),
-            ("K round_iters", self.draws, "ppo, and exo and dpo with --online"),
-            ("ppo_epochs kl_coef clip value_clip value_coef gamma lam", self.stage == "ppo", "ppo"),
-        ):
-            for name in flags.split():
-                default = type(self).__dataclass_fields__[name].default
-                yield applies or getattr(self, name) == default, f"--{name} is for {where}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -267,54 +284,6 @@ def parse(argv: list[str]) -> Settings:
     except ValueError as error:
         parser.error(str(error))
 
-
-if __name__ == "__main__":
-    parse(sys.argv[1:])  # --help and mistakes are answered before the slow imports
-
-# ruff: noqa: E402
-import contextlib
-import datetime
-import functools
-import hashlib
-import inspect
-import resource
-import signal
-import time
-from pathlib import Path
-
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel as DDP
-from tqdm import tqdm
-
-import exo
-from data import (
-    Builder,
-    Groups,
-    InputError,
-    Report,
-    collate,
-    decode,
-    epoch_batches,
-    file_sha256,
-    get_encoding,
-    load_function,
-    read_groups,
-)
-from model import (
-    GPT,
-    ActorCritic,
-    Block,
-    GPTConfig,
-    RewardModel,
-    Scorer,
-    forward_flops,
-    pretrained_config,
-)
 
 # ------------------------------------------------------------------------------
 # Processes: torchrun starts one for each GPU. Each reads all rows, takes every world()-th group of
@@ -387,8 +356,7 @@ def processes(device: str | None):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # the others wait while the first one reads a corpus or asks a slow reward function
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+    dist.init_process_group(backend)
     try:
         yield device
     finally:
@@ -563,7 +531,7 @@ def check_run(s: Settings) -> None:
     if not (out / "settings.json").is_file() or not (out / "ckpt.pt").is_file():
         raise InputError(f"--resume: {out} holds no run with a checkpoint")
     before = json.loads((out / "settings.json").read_text())
-    free = {"out", "resume", "overwrite", "device", "compile", "dump_eval", "fsdp", "cache"}
+    free = {"out", "resume", "overwrite", "device", "compile", "fsdp"}
     changed = [k for k, v in before.items() if k not in free and settings.get(k) != v]
     if changed:
         raise InputError(f"--resume: the run in {out} has another --{', --'.join(changed)}")
@@ -582,33 +550,6 @@ def open_run(s: Settings) -> None:
     for old in ("ckpt.pt", "best.pt", "metrics.jsonl"):
         (out / old).unlink(missing_ok=True)
     write_json(out / "settings.json", plain(s))
-
-
-def weights_digest(module: torch.nn.Module) -> str:
-    """sha256 over names and values of all weights."""
-    sha = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        sha.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return sha.hexdigest()
-
-
-def read_stored(path: Path) -> Tensor | None:
-    """float64 numbers behind their sha256; None if there is no such file, or a damaged one."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        return None
-    return torch.frombuffer(bytearray(content[32:]), dtype=torch.float64)
-
-
-def write_stored(path: Path, values: Tensor) -> None:
-    make_folder(path.parent)
-    content = values.numpy().tobytes()
-    with replacing(path) as temporary:
-        temporary.write_bytes(hashlib.sha256(content).digest() + content)
 
 
 # ------------------------------------------------------------------------------
@@ -680,20 +621,6 @@ def set_precision(s: Settings, device: torch.device) -> None:
     float32, but not where --dtype float32 was asked for."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if s.dtype in (None, "bfloat16") else "highest")
-
-
-def matmul_rate(s: Settings, device: torch.device) -> float:
-    """FLOPs per second of a large matmul here and now: what the metric `mfu` is a share of."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(n, n, dtype=compute_dtype(s, device), device=device)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / sorted(seconds)[2]
 
 
 def peak_gb(device: torch.device) -> float:
@@ -858,8 +785,6 @@ class Task:
     micro-batches add up to exactly the large batch.
     """
 
-    n_trunks, n_heads = 1, 1  # networks, and language-model heads, that a step computes
-
     def __init__(self, s: Settings, device: torch.device):
         self.s, self.device = s, device
         self.gpt, self.encoding_name, self.temperature = build(s)
@@ -880,11 +805,8 @@ class Task:
 
     def read(self, paths: list[str], use: str, spare: int = 0) -> Groups:
         """The files' groups, cut to `spare` tokens less than block_size."""
-        block, cache = self.gpt.config.block_size - spare, self.s.cache or None
-        ask = functools.partial(read_groups, paths, self.encoding, block, use, cache)
-        if cache and world() > 1:
-            only_first(lambda: ask() and None)  # the others open what it has stored
-        groups, report = ask()
+        block = self.gpt.config.block_size - spare
+        groups, report = read_groups(paths, self.encoding, block, use)
         say(f"{', '.join(map(str, paths))}: {report}")
         return groups
 
@@ -911,15 +833,6 @@ class Task:
         steps = min(self.steps(), self.n_batches())
         return np.unique(np.concatenate([self.ids(i) for i in range(steps)]))
 
-    def flops(self, batch) -> int:
-        """Matmul FLOPs that a step on this batch needs: the backward pass is twice the forward."""
-        P, n = batch.prefix_len, batch.scored.sum(-1)  # (B,), (B, K) tokens read = scored
-        seen = (P * (P + 1) // 2).sum() + (n * P[:, None] + n * (n + 1) // 2).sum()
-        tokens = (P.sum() + n.sum()).item()
-        trunk = forward_flops(self.gpt.config, tokens, seen.item(), scored=0)
-        head = forward_flops(self.gpt.config, 0, 0, scored=n.sum().item())
-        return 3 * (self.n_trunks * trunk + self.n_heads * head)
-
     def prepare(self, ids: np.ndarray) -> None:
         """Whatever must be known of these groups of the training data before the first step."""
 
@@ -943,9 +856,6 @@ class Task:
 
     def load_state(self, state: dict) -> None:
         """Take back what `state` gave."""
-
-    def finish(self) -> None:
-        """After the last step."""
 
     def plain_gpt(self) -> GPT:
         """The model in one piece and without wrappers, to draw from."""
@@ -984,8 +894,6 @@ class Reward(Task):
     Only differences are learned, so the scale is the data's (log-odds of being preferred) and the
     zero is set: mean 0 over the completions of up to 64 evenly spaced rows of the training data.
     """
-
-    n_heads = 0
 
     def make_module(self) -> torch.nn.Module:
         return RewardModel(self.gpt)
@@ -1152,44 +1060,27 @@ class Preference(Alignment):
 
     def __init__(self, s: Settings, device: torch.device):
         super().__init__(s, device)
-        parent = Path(s.dump_eval).parent
-        if s.dump_eval and parent != Path(s.out) and not parent.is_dir():
-            raise InputError(f"--dump_eval {s.dump_eval}: there is no folder {parent}")
         self.loss_fn = named_loss(s.loss)
         self.log_target = log_targets(self.groups, s.beta_r, s.label_smoothing).to(device)
         if self.eval_groups is not None:
             self.eval_target = log_targets(self.eval_groups, s.beta_r, s.label_smoothing)
+        self.ref_logps, self.eval_ref = None, None
         self.warned = False
 
     def prepare(self, ids: np.ndarray) -> None:
-        scorer = self.reference()  # the policy may be further already, if resumed
-        self.ref_logps = self.stored_logps(scorer, self.groups, ids).to(self.device)
+        if self.ref_logps is not None:  # of the checkpoint of a run that goes on
+            return
+        s, scorer = self.s, self.reference()
+        self.ref_logps = score(scorer, self.groups, s, self.device, ids, "reference")
+        self.ref_logps = self.ref_logps.to(self.device)
         if self.eval_groups is not None:
-            self.eval_ref = self.stored_logps(scorer, self.eval_groups)
+            self.eval_ref = score(scorer, self.eval_groups, s, self.device, None, "reference")
 
-    def stored_logps(self, scorer: Scorer, groups: Groups, ids: np.ndarray | None = None) -> Tensor:
-        """score(scorer, groups, ids), from --cache if an earlier run asked the same.
+    def state(self) -> dict:
+        return {"ref_logps": self.ref_logps, "eval_ref": self.eval_ref}
 
-        The key holds everything that a bit of the result depends on (also which groups share a
-        batch), so that a run is the same with and without the cache.
-        """
-        s, device = self.s, self.device
-        compute = functools.partial(score, scorer, groups, s, device, ids, "reference")
-        if not s.cache:
-            return compute()
-        key = hashlib.sha256(repr([
-            *(groups.digest(), weights_digest(scorer), self.temperature, compute_dtype(s, device)),
-            *(device.type, torch.__version__, torch.get_num_threads(), scorer.gpt.config),
-            *(s.micro_batch_size or s.batch_size, None if ids is None else ids.tolist()),
-            *(file_sha256(Path(__file__).with_name(name)) for name in ("model.py", "data.py")),
-            device.type == "cuda" and torch.cuda.get_device_name(device),
-        ]).encode())  # fmt: skip
-        path = Path(s.cache) / f"reference-{key.hexdigest()}"
-        found = only_first(read_stored, path)
-        if found is None:
-            found = compute()
-            only_first(write_stored, path, found)
-        return found
+    def load_state(self, state: dict) -> None:
+        self.ref_logps, self.eval_ref = state["ref_logps"].to(self.device), state["eval_ref"]
 
     def weigh(self, batch) -> int:
         return len(batch.mask)
@@ -1200,7 +1091,7 @@ class Preference(Alignment):
         return self.loss_fn(logps, ref, target, self.s.beta_pi, batch.mask)
 
     def evaluate(self, step: int) -> dict:
-        result = self.held_out()[0] if self.eval_groups is not None else {}
+        result = self.held_out() if self.eval_groups is not None else {}
         if self.s.kl_samples:
             result |= self.drawn(step)
         if result.get("chosen_logratio", 0) < -0.1 and not self.warned:
@@ -1212,8 +1103,8 @@ class Preference(Alignment):
             )
         return result
 
-    def held_out(self) -> tuple[dict, tuple]:
-        """Metrics over the held-out groups, and the (G, K) tensors they come from."""
+    def held_out(self) -> dict:
+        """Metrics over the held-out groups."""
         groups = self.eval_groups
         segment, mask = map(torch.from_numpy, groups.grid(np.arange(len(groups))))
         logps = score(self.module, groups, self.s, self.device)[segment]
@@ -1233,24 +1124,7 @@ class Preference(Alignment):
             result[f"{name}_logps"] = logps.gather(1, k).mean().item()
             result[f"{name}_logratio"] = ratio.gather(1, k).mean().item()
             result[f"{name}_length"] = length.gather(1, k).double().mean().item()
-        return result, (logps, ref, target, mask)
-
-    def finish(self) -> None:
-        if self.s.dump_eval:
-            only_first(self.dump, self.held_out()[1])
-
-    def dump(self, held_out: tuple) -> None:
-        rows = [x.exp().tolist() if i == 2 else x.tolist() for i, x in enumerate(held_out)]
-        with replacing(Path(self.s.dump_eval)) as temporary, open(temporary, "w") as file:
-            for g, (logps, ref, target, mask) in enumerate(zip(*rows, strict=True)):
-                k = sum(mask)
-                record = {
-                    "group": g,
-                    "policy_logps": logps[:k],
-                    "ref_logps": ref[:k],
-                    "target": target[:k],
-                }
-                file.write(json.dumps(record) + "\n")
+        return result
 
 
 class Rounds(Alignment):
@@ -1402,8 +1276,6 @@ class PPO(Rounds):
         self.passes, self.beta = s.ppo_epochs, s.kl_coef
         super().__init__(s, device)
 
-    n_trunks = 2
-
     def make_module(self) -> torch.nn.Module:
         return ActorCritic(self.gpt, self.temperature)
 
@@ -1551,7 +1423,7 @@ class Log:
 
     def __init__(self, s: Settings, device: torch.device, step: int, steps: int):
         self.bar = tqdm(total=steps, initial=step, desc=s.stage, disable=rank() > 0)
-        self.device, self.limit, self.shown, self.file = device, matmul_rate(s, device), {}, None
+        self.device, self.shown, self.file = device, {}, None
         only_first(self.open, Path(s.out) / "metrics.jsonl", step)
         self.start_clock()
 
@@ -1570,14 +1442,14 @@ class Log:
             raise InputError(f"cannot write {self.file.name}: {error.strerror}") from error
 
     def start_clock(self) -> None:
-        self.start, self.work = time.perf_counter(), np.zeros(3)  # groups, tokens, FLOPs
+        self.start, self.work = time.perf_counter(), np.zeros(2)  # groups, tokens
 
     def rates(self) -> dict[str, float]:
         seconds = time.perf_counter() - self.start
-        groups, tokens, flops = (x / seconds for x in total(*self.work))
+        groups, tokens = (x / seconds for x in total(*self.work))
         self.start_clock()
         rates = {"tokens_per_s": tokens, "groups_per_s": groups}
-        return rates | {"mfu": flops / (self.limit * world()), "peak_gb": peak_gb(self.device)}
+        return rates | {"peak_gb": peak_gb(self.device)}
 
     def write(self, kind: str, step: int, figures: dict) -> None:
         names = SHOWN[kind]
@@ -1645,7 +1517,6 @@ def fit(s: Settings, task: Task) -> int:
         said = f"stopped at step {state['step']} of {steps}; the same command with --resume goes on"
         say(said, sys.stderr)
         return 128 + number
-    task.finish()
     say(f"{out}: {steps} steps; last evaluation {json.dumps(log.shown)}")
     return 0
 
@@ -1679,7 +1550,7 @@ def rescue(out: Path, task: Task, optimizer, state: dict):
 
 def update(s: Settings, task: Task, optimizer, ids: np.ndarray, rate: float):
     """One optimizer step on the groups `ids`: (loss, gradient norm, what was done: groups,
-    tokens, matmul FLOPs); with several processes loss and work are this one's share.
+    tokens); with several processes loss and work are this one's share.
 
     Each process takes every world()-th group. Wrappers average gradients over processes, and want
     as many passes in each; so losses are scaled to give a mean over all that `ids` hold, and a
@@ -1706,8 +1577,7 @@ def update(s: Settings, task: Task, optimizer, ids: np.ndarray, rate: float):
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    work = len(mine), sum(len(b.idx) for b in micro), sum(map(task.flops, micro))
-    return loss, norm, work
+    return loss, norm, (len(mine), sum(len(b.idx) for b in micro))
 
 
 def move(batch, device: torch.device):

@@ -26,7 +26,7 @@ import train
 from data import Builder, Groups, Report, collate, epoch_batches, get_encoding, read_groups
 from experiments import peers
 from experiments.peers import NEW_TOKENS
-from model import GPT, GPTConfig, Scorer, Tree, forward_flops
+from model import GPT, GPTConfig, Scorer, Tree
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def train_ours(c: Cell) -> dict:
     for i in range(1, len(batches) if c.compile else 0):
         step(i)  # every shape compiles once
     result = timed(c, step, c.batch, device) | {"first_loss": loss}
-    flops = [task.flops(collate(groups, ids)) for ids in batches]
+    flops = [train_flops(gpt.config, collate(groups, ids)) for ids in batches]
     return result | limit(result["lap_s"], flops, c, device)
 
 
@@ -235,6 +235,22 @@ def load_naive(c: Cell) -> dict:
 
 # ------------------------------------------------------------------------------
 # The limit
+
+
+def forward_flops(config: GPTConfig, tokens: int, seen: int, scored: int) -> int:
+    """Matmul FLOPs of a forward pass: `tokens` through the trunk, `seen` (query, key) pairs,
+    `scored` tokens through the head."""
+    trunk = 24 * config.n_layer * config.n_embd**2  # qkv 6, projection 2, MLP 16
+    pair = 4 * config.n_layer * config.n_embd  # its score, and its value's share
+    return trunk * tokens + pair * seen + 2 * config.n_embd * config.vocab_size * scored
+
+
+def train_flops(config: GPTConfig, batch) -> int:
+    """Of a step on this batch: the backward pass is twice the forward."""
+    P, n = batch.prefix_len, batch.scored.sum(-1)  # (B,), (B, K) tokens read = scored
+    seen = (P * (P + 1) // 2).sum() + (n * P[:, None] + n * (n + 1) // 2).sum()
+    tokens = (P.sum() + n.sum()).item()
+    return 3 * forward_flops(config, tokens, seen.item(), n.sum().item())
 
 
 def sample_flops(config: GPTConfig, batch: int, prompt: int, new: int = NEW_TOKENS) -> int:

@@ -2,7 +2,6 @@
 make every figure of it worthless. Nothing here measures speed."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import train
 from data import Builder, Report, collate
 from experiments import bench, contestants, peers
 from experiments.contestants import Cell
-from model import GPT, GPTConfig, forward_flops
+from model import GPT, GPTConfig
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 50}
 
@@ -37,8 +36,8 @@ def test_train_flops_by_hand():
     tokens = 3 + 2 + 3
     seen = (1 + 2 + 3) + (4 + 5) + (4 + 5 + 6)  # the prefix, then keys 0..2 and oneself
     forward = 24 * 16 * tokens + 4 * 4 * seen + 2 * 4 * 10 * (2 + 3)
-    task = SimpleNamespace(gpt=SimpleNamespace(config=config), n_trunks=1, n_heads=1)
-    assert train.Task.flops(task, collate(builder.groups(), np.array([0]))) == 3 * forward
+    batch = collate(builder.groups(), np.array([0]))
+    assert contestants.train_flops(config, batch) == 3 * forward
 
 
 def test_sample_flops_by_hand():
@@ -55,7 +54,7 @@ def test_forward_flops_match_torch():
     plain = sdpa_kernel(SDPBackend.MATH)  # the only one it counts on a CPU
     with plain, FlopCounterMode(display=False) as counter, torch.no_grad():
         GPT(config)(torch.zeros(3, 8, dtype=torch.long))
-    ours = forward_flops(config, tokens=24, seen=3 * 8 * 8, scored=24)
+    ours = contestants.forward_flops(config, tokens=24, seen=3 * 8 * 8, scored=24)
     assert counter.get_total_flops() == ours
 
 

@@ -77,7 +77,7 @@ def argv(stage: str, files: dict, out: Path, dtype: str, *more: str) -> list[str
 
 
 def records(out: Path) -> list[dict]:
-    machine = dict.fromkeys(("tokens_per_s", "groups_per_s", "mfu", "peak_gb"), 0)
+    machine = dict.fromkeys(("tokens_per_s", "groups_per_s", "peak_gb"), 0)
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) | machine for line in lines]
 

@@ -10,20 +10,11 @@ import pytest
 import tiktoken
 import torch
 
-import data
 import sample
 import train
 from model import GPT, GPTConfig
 
 CONFIG = GPTConfig(block_size=32, vocab_size=61, n_layer=2, n_head=2, n_embd=16)
-TEXTS = [
-    "Hello world, it's a test.  Two  spaces\n\n\nand lines\t\ttabs ",
-    "naïve café — “quotes” 日本語テキスト العربية 🙂🙃 \u200b zero width",
-    "def f(x):\n    return x**2 + 1e-5  # 12345678 we'll they've I'd",
-    "   leading and trailing   ",
-    "\x00\x01 control \x7f \x85 \xad soft hyphen \u3000 wide",
-    "",
-]
 
 
 def random_gpt(config: GPTConfig = CONFIG, seed: int = 0) -> GPT:
@@ -320,50 +311,6 @@ def tiny_encoding() -> tiktoken.Encoding:
     return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
-def test_merges_are_recovered_in_order():
-    """Each token by hand: the last merge that its earlier merges leave."""
-    merges = data.recover_merges(tiny_encoding()._mergeable_ranks)
-    assert merges[:5] == [(b"t", b"h"), (b"h", b"e"), (b"th", b"e"), (b" ", b"t"), (b" ", b"the")]
-    assert merges[7:] == [(b"he", b"ll"), (b"\xc3", b"\xa9"), (b" ", b" ")]
-    letters = data.byte_letters()
-    assert len(set(letters)) == 256
-    assert (letters[32], letters[10], letters[ord("a")]) == ("Ġ", "Ċ", "a")
-
-
-def test_no_tokenizer_for_other_encodings():
-    assert data.hugging_face_tokenizer(data.get_encoding("bytes"), 64) is None
-
-
-def check_tokenizer(encoding: tiktoken.Encoding, folder: Path, texts: list[str]) -> None:
-    transformers = pytest.importorskip("transformers")
-    size = vars(CONFIG) | {"vocab_size": encoding.n_vocab}
-    GPT(GPTConfig(**size)).save_pretrained(folder, eot=encoding.eot_token)
-    for name, text in data.hugging_face_tokenizer(encoding, 32).items():
-        (folder / name).write_text(text, encoding="utf-8")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    for text in texts:
-        assert tokenizer(text)["input_ids"] == encoding.encode_ordinary(text), text
-        assert tokenizer.decode(encoding.encode_ordinary(text)) == text
-    assert tokenizer.eos_token_id == tokenizer.bos_token_id == encoding.eot_token
-    assert len(tokenizer) == encoding.n_vocab
-    assert tokenizer.model_max_length == 32
-
-
-def test_written_tokenizer_agrees_on_a_tiny_vocabulary(tmp_path):
-    check_tokenizer(tiny_encoding(), tmp_path, [*TEXTS, "the hell then shell thethe  the"])
-
-
-def test_written_tokenizer_agrees_with_gpt2(tmp_path):
-    try:
-        encoding = data.get_encoding("gpt2")
-    except data.InputError as error:
-        pytest.skip(str(error))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(encoding.n_vocab - 1, (40, 60), generator=generator).tolist()
-    texts = [encoding.decode(row) for row in ids]  # any word beside any other
-    check_tokenizer(encoding, tmp_path, [*TEXTS, *texts, Path(train.__file__).read_text("utf-8")])
-
-
 # ------------------------------------------------------------------------------
 # The commands
 
@@ -443,10 +390,15 @@ def test_gpt2_is_the_encoding_of_a_folder_that_does_not_say(pairs, tmp_path, mon
     monkeypatch.setattr(train, "get_encoding", {"gpt2": encoding}.__getitem__)
     monkeypatch.setattr(sample, "get_encoding", {"gpt2": encoding}.__getitem__)
     byte_folder(tmp_path / "init", encoding.n_vocab)
+    tokenizer = {"vocab.json": "{}", "merges.txt": "#version: 0.2", "tokenizer_config.json": "{}"}
+    for name, text in tokenizer.items():
+        (tmp_path / "init" / name).write_text(text)
     assert exo_step(pairs, tmp_path / "init", tmp_path / "run") == 0
-    assert sample.main([str(tmp_path / "run"), "--export", str(tmp_path / "hf")]) == 0
-    names = {"config.json", "vocab.json", "merges.txt", "tokenizer_config.json"}
-    assert names <= {p.name for p in (tmp_path / "hf").iterdir()}
+    assert exo_step(pairs, tmp_path / "run", tmp_path / "again") == 0
+    assert sample.main([str(tmp_path / "again"), "--export", str(tmp_path / "hf")]) == 0
+    for name, text in tokenizer.items():  # copied from where training began, two runs ago
+        assert (tmp_path / "hf" / name).read_text() == text
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["exo"]["encoding"] == "gpt2"
 
 
 def test_mistakes_exit_with_2_and_one_sentence(pairs, tmp_path, capsys):

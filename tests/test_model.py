@@ -815,13 +815,3 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else():
     assert torch.equal(a, b)
     assert all(torch.equal(x, y) for x, y in zip(grads, same, strict=True))
     assert little < much / 2
-
-
-def test_a_head_kept_in_the_order_of_the_cpu_is_the_head():
-    """Large enough to be reordered, with other numbers of rows than it was made for."""
-    gpt = GPT(GPTConfig(8, 20_000, 1, 2, 64), torch.Generator().manual_seed(0))
-    head = model.repeated_head(gpt, 8)
-    for rows in (8, 3, 17):
-        x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows))
-        torch.testing.assert_close(head(x), gpt.head(x).detach(), rtol=1e-5, atol=1e-5)
-    assert model.repeated_head(gpt.double(), 8) == gpt.head

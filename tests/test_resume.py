@@ -23,8 +23,16 @@ def argv(folder: Path, out: Path, *more: str) -> list[str]:
     flags = f"--max_iters {STEPS} --eval_interval 10 --log_interval 1 --kl_samples 2 --threads 1"
     return [
         *("exo", "--data", data, "--eval_data", data, "--init", str(folder / "sft")),
-        *("--out", str(out), "--cache", str(out.with_name(f"{out.name}-cache"))),
-        *("--learning_rate", "1e-3", "--max_new_tokens", "8", *flags.split(), *more),
+        *(
+            "--out",
+            str(out),
+            "--learning_rate",
+            "1e-3",
+            "--max_new_tokens",
+            "8",
+            *flags.split(),
+            *more,
+        ),
     ]
 
 
@@ -91,7 +99,7 @@ def moments(rng: random.Random, out: Path) -> list:
 
 
 def without_rates(out: Path) -> list[dict]:
-    rates = dict.fromkeys(("tokens_per_s", "groups_per_s", "mfu", "peak_gb"), 0)
+    rates = dict.fromkeys(("tokens_per_s", "groups_per_s", "peak_gb"), 0)
     return [json.loads(line) | rates for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 

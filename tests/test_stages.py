@@ -576,7 +576,7 @@ def test_plain_exo_reports_the_reward_of_what_it_draws(files, tmp_path):
 
 def without_times(out: Path) -> list[dict]:
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    machine = dict.fromkeys(("tokens_per_s", "groups_per_s", "mfu", "peak_gb"), 0)
+    machine = dict.fromkeys(("tokens_per_s", "groups_per_s", "peak_gb"), 0)
     return [json.loads(line) | machine for line in lines]
 
 
@@ -728,14 +728,7 @@ def test_a_function_that_breaks_later_loses_nothing(name, files, tmp_path, capsy
         ("ppo --data F --init F --reward m:f --K 0", "--K must be at least 1 for ppo"),
         ("sft --data F --online", "--online is for exo and dpo"),
         ("ppo --data F --init F --reward m:f --online", "--online is for exo and dpo"),
-        ("ppo --data F --init F --reward m:f --beta_pi 1", "--beta_pi is for exo and dpo"),
-        ("sft --data F --reward m:f", "--reward is for exo, dpo and ppo"),
-        ("reward --data F --reward m:f", "--reward is for exo, dpo and ppo"),
-        ("exo --data F --init F --K 4", "--K is for ppo, and exo and dpo with --online"),
-        ("exo --data F --init F --round_iters 4", "--round_iters is for ppo, and exo"),
-        ("exo --data F --init F --clip 0.1", "--clip is for ppo"),
         ("exo --data F --init F --reward m:f --kl_samples 0", "--kl_samples must not be 0"),
-        ("exo --data F --init F --online --reward m:f --dump_eval x", "without --online"),
         ("ppo --data F --init F --reward m:f --clip 0", "--clip must be a finite number above 0"),
         ("ppo --data F --init F --reward m:f --lam 1.1", "--lam must be in [0, 1], got 1.1"),
         ("ppo --data F --init F --reward m:f --kl_coef -1", "--kl_coef must not be negative"),
