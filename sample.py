@@ -32,7 +32,9 @@ import torch
 from tqdm import tqdm
 
 import exo
-from data import Builder, InputError, Report, Row, decode, get_encoding, read_files
+from data import Builder, decode, get_encoding
+from infra.huggingface import save_pretrained
+from infra.rows import InputError, Report, Row, make_folder, read_files, write_json
 from model import Scorer
 from train import (
     autocast,
@@ -40,14 +42,12 @@ from train import (
     leave,
     load_gpt,
     load_reward,
-    make_folder,
     only_first,
     processes,
     rank,
     say,
     score,
     world,
-    write_json,
 )
 
 
@@ -357,15 +357,15 @@ def export(args: argparse.Namespace) -> None:
     encoding = get_encoding(name)
     eot, files = encoding.eot_token, tokenizer_files(Path(args.checkpoint))
     generation = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    make_folder(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         for file in files:
             shutil.copyfile(file, out / file.name)
-        generation |= {"bos_token_id": eot, "eos_token_id": eot}
-        write_json(out / "generation_config.json", generation)
-        gpt.save_pretrained(out, eot, exo={"encoding": name, "temperature": temperature})
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+    generation |= {"bos_token_id": eot, "eos_token_id": eot}
+    write_json(out / "generation_config.json", generation)
+    save_pretrained(gpt, out, eot, exo={"encoding": name, "temperature": temperature})
     print(f"{out}: GPT-2 of {sum(p.numel() for p in gpt.parameters()):,} parameters")
     if not files:
         print(f"no tokenizer is written: training did not begin from a folder with one for {name}")

@@ -49,7 +49,6 @@ import exo
 from data import (
     Builder,
     Groups,
-    InputError,
     Report,
     collate,
     decode,
@@ -58,6 +57,8 @@ from data import (
     load_function,
     read_groups,
 )
+from infra.huggingface import from_pretrained, pretrained_config
+from infra.rows import InputError, make_folder, replacing, write_json
 from model import (
     GPT,
     ActorCritic,
@@ -65,7 +66,6 @@ from model import (
     GPTConfig,
     RewardModel,
     Scorer,
-    pretrained_config,
 )
 
 STAGES = ("toy", "sft", "reward", "exo", "dpo", "ppo")
@@ -431,25 +431,7 @@ def load_whole_optimizer(optimizer, optimizer_state: dict) -> None:
 
 
 # ------------------------------------------------------------------------------
-# Files of a run: written beside their place and moved there, so that none is ever half written
-
-
-@contextlib.contextmanager
-def replacing(path: Path):
-    """A temporary path to write to; it takes the place of `path` only if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: object) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+# Files of a run
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -492,32 +474,20 @@ def load_gpt(
 def load_hugging_face(folder: Path, device, encoding: str | None) -> tuple[GPT, dict]:
     """load_gpt of a Hugging Face folder. Words beyond the encoding's, which pad the vocabulary or
     were added to it, are left out: no text contains them, and none may be sampled."""
-    try:
-        config = pretrained_config(folder)
-        said = config.get("exo")  # written by `sample.py --export`
-        said = said if isinstance(said, dict) else {}
-        name, temperature = said.get("encoding"), said.get("temperature", 1.0)
-        if name is not None and ":" in str(name) and name != encoding:  # would run code
-            raise InputError(f"{folder} has the encoding {name}: say --encoding {name} to run it")
-        if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-            raise InputError(f"{folder}: temperature must be above 0, got {temperature!r}")
-        name = str(name or encoding or "gpt2")
-        n_vocab = get_encoding(name).n_vocab
-        gpt = GPT.from_pretrained(folder, n_vocab)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    config = pretrained_config(folder)
+    said = config.get("exo")  # written by `sample.py --export`
+    said = said if isinstance(said, dict) else {}
+    name, temperature = said.get("encoding"), said.get("temperature", 1.0)
+    if name is not None and ":" in str(name) and name != encoding:  # would run code
+        raise InputError(f"{folder} has the encoding {name}: say --encoding {name} to run it")
+    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise InputError(f"{folder}: temperature must be above 0, got {temperature!r}")
+    name = str(name or encoding or "gpt2")
+    n_vocab = get_encoding(name).n_vocab
+    gpt = from_pretrained(folder, n_vocab)
     ckpt = {"config": dataclasses.asdict(gpt.config), "encoding": name}
     ckpt |= {"temperature": temperature, "left_out": config.get("vocab_size", n_vocab) - n_vocab}
     return gpt.to(device).eval(), ckpt
-
-
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
 def plain(s: Settings) -> dict:

@@ -263,7 +263,7 @@ def work(out: Path, piece: Piece, key: str) -> str:
     import torch
 
     from experiments.frontier_stages import MAKERS
-    from train import make_folder, write_json
+    from infra.rows import make_folder, write_json
 
     start = time.perf_counter()
     torch.set_num_threads(1)  # the sums, and so the last bits, would depend on it

@@ -29,7 +29,7 @@ from experiments.frontier import (
 )
 from experiments.frontier_measure import at_kl
 from experiments.toy import mean_se
-from train import write_json
+from infra.rows import write_json
 
 QUANTITIES = {  # columns of the table
     "oracle": "oracle reward",

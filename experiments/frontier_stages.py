@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 
 import train
-from data import InputError
 from experiments import frontier_measure as measure
 from experiments import reviews
 from experiments.frontier import (
@@ -35,6 +34,7 @@ from experiments.frontier import (
     SMOOTHING,
 )
 from experiments.frontier_judge import CPU, JUDGE_SEED, Judges, density, read_rows
+from infra.rows import InputError, replacing
 
 SFT_SEED, POOL_SEED, LABEL_SEED = 11, 33, 44  # which draws these are
 HELD_OUT = 500  # rows beside the training rows
@@ -42,13 +42,13 @@ HELD_OUT = 500  # rows beside the training rows
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with train.replacing(path) as temporary:
+    with replacing(path) as temporary:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         temporary.write_text(text, encoding="utf-8")
 
 
 def save_arrays(path: Path, **arrays) -> None:
-    with train.replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
 
