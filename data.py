@@ -15,13 +15,14 @@ another. The tokens of all files are in memory at once, 4 bytes each.
 
 import importlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 import torch
 
+import exo
 from infra.rows import InputError, Report, best_of, read_files
 
 # ------------------------------------------------------------------------------
@@ -96,6 +97,9 @@ class Groups:
     ended: np.ndarray  # (M,): the completion is followed by end-of-text (False: it was cut)
     rewards: np.ndarray  # (M,), NaN for prompts and where only an order is known
     eot: int
+    places: list[str] = field(default_factory=list)  # (G,) file:line, for what is said of a group
+    log_target: np.ndarray | None = None  # (M,) log p of each completion, by set_targets
+    ref_logps: np.ndarray | None = None  # (M,) log sft of each completion; inf: not asked yet
 
     def __len__(self) -> int:
         return len(self.first) - 1
@@ -122,6 +126,16 @@ class Groups:
         """(G,) tokens of each group, its prompt counted once."""
         return self.offsets[self.first[1:]] - self.offsets[self.first[:-1]]
 
+    def lengths(self) -> np.ndarray:
+        """(M,) scored tokens of each completion, its end of text among them."""
+        return np.diff(self.offsets) + self.ended
+
+    def is_completion(self) -> np.ndarray:
+        """(M,) bool: False for prompts."""
+        out = np.ones(len(self.ended), bool)
+        out[self.first[:-1]] = False
+        return out
+
     def is_pair(self) -> np.ndarray:
         """(G,) bool: True for a preference pair, which has an order and no rewards."""
         return np.isnan(self.rewards[self.first[:-1] + 1])
@@ -133,10 +147,10 @@ class Builder:
     def __init__(self, block_size: int, eot: int, report: Report):
         self.block_size, self.eot, self.report = block_size, eot, report
         self.segments: list[np.ndarray] = []  # prompts and completions in order
-        self.first, self.ended, self.rewards = [0], [], []  # as in Groups
+        self.first, self.ended, self.rewards, self.places = [0], [], [], []  # as in Groups
         self.text = np.array([eot], np.int32)  # running text that fills no block yet
 
-    def add(self, prompt, completions: list, rewards=None, ended=True) -> bool:
+    def add(self, prompt, completions: list, rewards=None, ended=True, place: str = "") -> bool:
         """Add a group of token ids (lists or int32 arrays); False if cutting left fewer distinct
         completions than a choice needs.
 
@@ -154,24 +168,25 @@ class Builder:
         whole = [n <= room for n in lengths]
         self.report.cut_prompts += len(prompt) > keep
         self.report.cut_completions += whole.count(False)
-        self.put(prompt[-keep:], cut, [ended and w for w in whole], rewards)
+        self.put(prompt[-keep:], cut, [ended and w for w in whole], rewards, place)
         return True
 
-    def put(self, prompt, completions: list, ended: list[bool], rewards=None) -> None:
+    def put(self, prompt, completions: list, ended: list[bool], rewards=None, place="") -> None:
         """Add a group as it is: drawn completions fit already, and equal ones are two draws."""
         self.segments += [np.asarray(ids, np.int32) for ids in (prompt, *completions)]
         self.first.append(len(self.segments))
+        self.places.append(place)
         self.ended += [False, *ended]
         self.rewards += [math.nan, *(rewards or [math.nan] * len(completions))]
 
-    def add_text(self, text: np.ndarray, last: bool = False) -> None:
+    def add_text(self, text: np.ndarray, last: bool = False, place: str = "") -> None:
         """Add running text in blocks, in each of which every token is predicted once, after its
         predecessor. What fills no block waits for more text, unless this is the last."""
         text, step = np.concatenate([self.text, text]), self.block_size - 1
         stop = len(text) - 1 if last else (len(text) - 1) // step * step
         for start in range(0, stop, step):
             block = text[start : start + step + 1]
-            self.add(block[:1], [block[1:]], ended=False)
+            self.add(block[:1], [block[1:]], ended=False, place=place)
         self.text = text[stop:].copy()  # a view would keep the whole text alive
 
     def groups(self) -> Groups:
@@ -182,6 +197,7 @@ class Builder:
             ended=np.array(self.ended, np.bool_),
             rewards=np.array(self.rewards, np.float64),
             eot=self.eot,
+            places=self.places,
         )
 
 
@@ -210,22 +226,34 @@ def read_groups(
     def ids(text: str) -> np.ndarray:  # in this thread: two pass the GIL around for nothing
         return encode(encoding, text)
 
-    for _, row in read_files(paths, use, report):
+    for place, row in read_files(paths, use, report):
         if use == "prompt":
-            builder.add(ids(row.prompt), [])
+            builder.add(ids(row.prompt), [], place=place)
         elif use == "preference":
-            builder.add(ids(row.prompt), [ids(text) for text in row.completions], row.rewards)
+            ys = [ids(text) for text in row.completions]
+            builder.add(ids(row.prompt), ys, row.rewards, place=place)
         else:
             best = ids(row.completions[best_of(row)])
             if row.prompt is None:
-                builder.add_text(np.append(best, np.int32(encoding.eot_token)))
+                builder.add_text(np.append(best, np.int32(encoding.eot_token)), place=place)
             else:
-                builder.add(ids(row.prompt), [best])
-    builder.add_text(np.empty(0, np.int32), last=True)
+                builder.add(ids(row.prompt), [best], place=place)
+    builder.add_text(np.empty(0, np.int32), last=True, place="the end of all texts")
     if not builder.segments:
         names = ", ".join(map(str, paths))
         raise InputError(f"{names}: nothing usable ({report})")
     return builder.groups(), report
+
+
+def set_targets(groups: Groups, beta_r: float = 1.0, label_smoothing: float = 0.0) -> None:
+    """Fill groups.log_target: the label's for pairs, the rewards' for the others. Softmaxed here
+    once, so that no loss has to look whether it is finite."""
+    segment, mask = groups.grid(np.arange(len(groups)))
+    rewards = torch.from_numpy(groups.rewards[segment])
+    target = exo.reward_target(rewards, beta_r, torch.from_numpy(mask))
+    target[torch.from_numpy(groups.is_pair()), :2] = exo.preference_target(label_smoothing)
+    groups.log_target = np.zeros(len(groups.rewards))
+    groups.log_target[segment[mask]] = target.numpy()[mask]
 
 
 # ------------------------------------------------------------------------------
@@ -248,9 +276,14 @@ class Batch(NamedTuple):
     scored: torch.Tensor  # (B, K, T) bool: True where a cell holds a scored token
     mask: torch.Tensor  # (B, K) bool: True where a completion exists
     segment: torch.Tensor  # (B, K) its row in arrays kept beside the Groups (0 where absent)
+    log_target: torch.Tensor  # (B, K) log p, 0 where absent or not set
+    ref_logps: torch.Tensor  # (B, K) log sft, 0 where absent or not asked for
 
-    def to(self, device, non_blocking: bool = False) -> "Batch":
-        return Batch(*(x.to(device, non_blocking=non_blocking) for x in self))
+    def to(self, device, dtype=None, non_blocking: bool = False) -> "Batch":
+        """dtype: of the numbers among them, which are float64 (None: stay it)."""
+        kinds = (dtype if x.is_floating_point() else None for x in self)
+        moved = zip(self, kinds, strict=True)
+        return Batch(*(x.to(device, kind, non_blocking=non_blocking) for x, kind in moved))
 
 
 def ragged_arange(lengths: np.ndarray) -> np.ndarray:
@@ -294,12 +327,26 @@ def collate(groups: Groups, ids: np.ndarray, round_to: int = 1) -> Batch:
     home[:n_prefix], home[n_prefix:n] = row * P + col, B * P + c_row * T + c_col
     cells = np.full(B * P + B * K * T, L - 1, np.int64)
     cells[home[:n]] = np.arange(n)
-    scored = np.arange(T) < inputs[:, :, None]
-    arrays = (
-        *(idx, pos, targets, cells[: B * P].reshape(B, P), cells[B * P :].reshape(B, K, T), home),
-        *(prefix_len, scored, mask, segment),
-    )
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
+    arrays = {
+        "idx": idx,
+        "pos": pos,
+        "targets": targets,
+        "prefix_cells": cells[: B * P].reshape(B, P),
+        "cells": cells[B * P :].reshape(B, K, T),
+        "home": home,
+        "prefix_len": prefix_len,
+        "scored": np.arange(T) < inputs[:, :, None],
+        "mask": mask,
+        "segment": segment,
+        "log_target": beside(groups.log_target, segment, mask),
+        "ref_logps": beside(groups.ref_logps, segment, mask),
+    }
+    return Batch(**{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()})
+
+
+def beside(values: np.ndarray | None, segment: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(B, K) of what is kept for each completion (M,); 0 where there is none."""
+    return np.zeros(mask.shape) if values is None else np.where(mask, values[segment], 0.0)
 
 
 def epoch_batches(groups: Groups, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -317,3 +364,28 @@ def epoch_batches(groups: Groups, batch_size: int, seed: int, epoch: int) -> lis
         pool = pool[np.argsort(sizes[pool], kind="stable")]
         batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class Epochs:
+    """Batches of these groups, one epoch after the other: `batch(i)` are the groups of the i-th."""
+
+    def __init__(self, groups: Groups, batch_size: int, seed: int):
+        self.groups, self.batch_size, self.seed = groups, batch_size, seed
+        self.n_batches = math.ceil(len(groups) / batch_size)
+        self.epoch, self.batches = -1, []  # the one that was asked for last
+
+    def batch(self, i: int) -> np.ndarray:
+        epoch, place = divmod(i, self.n_batches)
+        if self.epoch != epoch:
+            self.epoch = epoch
+            self.batches = epoch_batches(self.groups, self.batch_size, self.seed, epoch)
+        return self.batches[place]
+
+    def first(self, n: int) -> np.ndarray:
+        """All groups that the first n batches hold."""
+        return np.unique(np.concatenate([self.batch(i) for i in range(min(n, self.n_batches))]))
+
+
+def evenly_spaced(n: int, at_most: int) -> np.ndarray:
+    """Up to `at_most` of the numbers below n, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, at_most).round().astype(int))

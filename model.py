@@ -18,7 +18,6 @@ predicts completion + [end of text]. Padding is on the right, positions are per 
 always sees at least itself.
 """
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -280,46 +279,47 @@ class GPT(nn.Module):
         block_size.
         """
         self._check_generate(prompts, max_new_tokens, temperature, top_k)
+        cache, idx, pos = self.read_prompts(prompts, n, max_new_tokens)
+        rows, device = len(idx), idx.device
+        if uniform is None:
+            where = generator.device if generator is not None else "cpu"
+            uniform = torch.rand((rows, max_new_tokens), generator=generator, device=where)
+        uniform = uniform.T.to(device)
+        weight = self.wte.weight  # of the head, in the dtype that is multiplied in: cast once
+        weight = weight.to(compute_dtype(weight) if weight.is_cuda else weight.dtype)
+
+        out = idx.new_zeros(max_new_tokens, rows)
+        alive = torch.arange(rows, device=device)  # where in `out` each row of the cache belongs
+        ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        for t in range(max_new_tokens):
+            x = self.hidden(idx[:, None], pos[:, None], cache)[:, 0]
+            idx = draw(wide_logits(x.to(weight), weight), uniform[t], temperature, top_k)
+            out[t].index_copy_(0, alive, idx)
+            pos = pos + 1
+            if eot is None:
+                continue
+            ended |= idx == eot
+            if t % 16 == 15 and ended.any():  # they leave now and then: no sync per token
+                keep = (~ended).nonzero()[:, 0]
+                if not len(keep):
+                    break
+                cache.select(keep)
+                idx, pos, alive, ended = idx[keep], pos[keep], alive[keep], ended[keep]
+                uniform = uniform[:, keep]
+        return [row[: row.index(eot) + 1] if eot in row else row for row in out.T.tolist()]
+
+    def read_prompts(self, prompts: list[list[int]], n: int, new: int):
+        """(cache with the prefix of each prompt, n rows each; last token and its position)."""
         device = self.wte.weight.device
         prefix_len = torch.tensor([len(p) - 1 for p in prompts], device=device)
         P = max(len(p) for p in prompts) - 1
-        cache = Cache(self.config, prefix_len, P + max_new_tokens, compute_dtype(self.wte.weight))
+        cache = Cache(self.config, prefix_len, P + new, compute_dtype(self.wte.weight))
         if P:
             prefix = torch.tensor([p[:-1] + [0] * (P - len(p) + 1) for p in prompts], device=device)
             self.hidden(prefix, torch.arange(P, device=device).expand_as(prefix), cache)
-
         rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
         cache.select(rows)
-        idx = torch.tensor([p[-1] for p in prompts], device=device)[rows]
-        pos = prefix_len[rows]
-        if uniform is None:
-            where = generator.device if generator is not None else "cpu"
-            shape = len(rows), max_new_tokens
-            uniform = torch.rand(shape, generator=generator, device=where)
-        uniform = uniform.T.to(device)
-
-        out = idx.new_zeros(max_new_tokens, len(rows))
-        alive = torch.arange(
-            len(rows), device=device
-        )  # where in `out` each row of the cache belongs
-        ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        for t in range(max_new_tokens):
-            x = self.hidden(idx[:, None], pos[:, None], cache)[:, 0]
-            idx = draw(self.head(x), uniform[t], temperature, top_k)
-            out[t].index_copy_(0, alive, idx)
-            pos = pos + 1
-            if eot is not None:
-                ended |= idx == eot
-                if (
-                    t % 16 == 15 and ended.any()
-                ):  # finished rows leave now and then: no sync per token
-                    keep = (~ended).nonzero()[:, 0]
-                    if not len(keep):
-                        break
-                    cache.select(keep)
-                    idx, pos, alive, ended = idx[keep], pos[keep], alive[keep], ended[keep]
-                    uniform = uniform[:, keep]
-        return [row[: row.index(eot) + 1] if eot in row else row for row in out.T.tolist()]
+        return cache, torch.tensor([p[-1] for p in prompts], device=device)[rows], prefix_len[rows]
 
     def _check_generate(self, prompts, max_new_tokens, temperature, top_k) -> None:
         if not prompts or not all(prompts):
@@ -350,19 +350,36 @@ def draw(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    cdf = logits - logits.amax(dim=-1, keepdim=True)  # from here on in place: one buffer a token
+    logits = logits.to(wide(logits.dtype))
+    top = logits.amax(dim=-1, keepdim=True)
+    cdf = logits - top  # from here on in place: one buffer a token
     if temperature != 1:
         cdf.div_(temperature)
+    least = None
     if top_k is not None and top_k < logits.size(-1):
-        cdf.masked_fill_(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        least = logits.topk(top_k).values[:, -1:]
+        cdf.masked_fill_(logits < least, -torch.inf)
     cdf.exp_().cumsum_(dim=-1)
     total = cdf[:, -1:].contiguous()
     idx = torch.searchsorted(cdf, uniform[:, None].to(cdf) * total, right=True)
-    last = torch.searchsorted(
-        cdf, total
-    )  # rounding may reach the total: stay on a token that can be drawn
-    return torch.minimum(idx, last)[:, 0]
+    last = torch.searchsorted(cdf, total)  # rounding may reach the total
+    idx = torch.minimum(idx, last)
+    if logits.device.type != "cpu":  # whose sums are made one by one, and never fall
+        idx = only_possible(idx, logits, top, temperature, least)
+    return idx[:, 0]
+
+
+def only_possible(
+    idx: Tensor, logits: Tensor, top: Tensor, temperature: float, least: Tensor | None
+) -> Tensor:
+    """idx (N, 1), with the likeliest token in place of one that has probability 0. A sum made in
+    parallel need not rise from token to token, and a search in it may end anywhere."""
+    own = logits.gather(1, idx.clamp(max=logits.size(-1) - 1))
+    possible = ((own - top) / temperature).exp() > 0
+    possible &= idx < logits.size(-1)
+    if least is not None:
+        possible &= own >= least
+    return torch.where(possible, idx, logits.argmax(dim=-1, keepdim=True))
 
 
 # ------------------------------------------------------------------------------
@@ -402,43 +419,6 @@ class ScalarHead(nn.Module):
         return (x * self.weight).sum(dim=-1) + self.bias
 
 
-class RewardModel(nn.Module):
-    """The trunk, and a scalar head read at the last token of each completion (InstructGPT,
-    arXiv:2203.02155). Needs no LM head.
-
-    What the model must see has to be in the batch's completions: data ends them in an end-of-text
-    that is read, where a policy's is only predicted (train.to_rate). The preference loss knows
-    differences alone, so the bias is not trained but set (train.Reward.center).
-    """
-
-    def __init__(self, gpt: GPT):
-        super().__init__()
-        self.gpt, self.head = gpt, ScalarHead(gpt.config.n_embd)
-        self.head.bias.requires_grad_(False)
-
-    def forward(self, batch) -> Tensor:
-        """-> (B, K), exactly 0 where no completion is."""
-        rewards = to_cells(self.head(packed_hidden(self.gpt, batch)), batch)
-        last = (batch.scored.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-        return rewards.gather(-1, last)[..., 0]
-
-
-class ActorCritic(nn.Module):
-    """PPO's two networks in one module. The value network has a trunk of its own, a copy of the
-    policy's at the start, so that its large early errors do not pass through the policy."""
-
-    def __init__(self, gpt: GPT, temperature: float = 1.0):
-        super().__init__()
-        self.policy, self.critic = Scorer(gpt, temperature), copy.deepcopy(gpt)
-        self.value = ScalarHead(gpt.config.n_embd)
-
-    def forward(self, batch) -> tuple[Tensor, Tensor]:
-        """-> log pi of every completion token, and the value of the text before it; both (B, K, T),
-        exactly 0 where nothing is scored."""
-        values = to_cells(self.value(packed_hidden(self.critic, batch)), batch)
-        return self.policy(batch), values
-
-
 def to_cells(x: Tensor, batch) -> Tensor:
     """A number per completion token (S,) -> (B, K, T), exactly 0 where nothing is scored."""
     first = batch.prefix_cells.numel()
@@ -471,17 +451,30 @@ def token_logps(x: Tensor, weight: Tensor, targets: Tensor, temperature: float =
     """log softmax(x W^T / temperature)[target]: features (S, C), W (V, C), targets (S,) -> (S,),
     float32 or float64.
 
-    Large vocabularies go through ChunkedLogps, which never holds S * V logits; small ones through
-    autograd.
+    Large vocabularies, and factors in bfloat16, go through ChunkedLogps, which never holds S * V
+    logits; the others through autograd.
     """
     dtype = compute_dtype(weight)
     x = x if temperature == 1 else x / temperature  # C numbers a row instead of V
     x, weight = x.to(dtype), weight.to(dtype)
-    if len(targets) * len(weight) > chunk_size(x.device):
+    if len(targets) * len(weight) > chunk_size(x.device) or dtype != wide(dtype):
         return ChunkedLogps.apply(x, weight, targets)
     logits = F.linear(x, weight)
-    logits = logits.to(torch.promote_types(dtype, torch.float32))
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def wide_logits(x: Tensor, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """x W^T (S, V) in float32 at least, whatever the factors are: GPT-2's logits lie near -80,
+    where bfloat16 has steps of a half. buffer: of S * V numbers, to write to."""
+    shape, kind = (len(x), len(weight)), wide(x.dtype)
+    if x.is_cuda and x.dtype != kind:
+        return torch.mm(x, weight.T, out_dtype=kind)
+    out = x.new_empty(shape, dtype=kind) if buffer is None else buffer.view(shape)
+    return torch.mm(x.to(kind), weight.T.to(kind), out=out)  # with `out` autocast leaves it alone
 
 
 def chunk_size(device: torch.device) -> int:
@@ -492,7 +485,7 @@ class ChunkedLogps(torch.autograd.Function):
     """token_logps by parts of the vocabulary, one after the other in the same small buffer: the
     forward pass keeps each row's logsumexp (updated part by part), the backward pass computes the
     logits again and writes each part of W's gradient once. Inputs come in autocast's dtype already,
-    so both passes multiply in it; sums are float32 at least."""
+    so both passes multiply in it; logits and sums are float32 at least."""
 
     @staticmethod
     def parts(x: Tensor, weight: Tensor, targets: Tensor):
@@ -500,26 +493,23 @@ class ChunkedLogps(torch.autograd.Function):
         target, whether the target is in this part)."""
         words = min(max(1, chunk_size(x.device) // len(x)), len(weight))
         words -= words % 64 if words > 64 else 0  # whole tiles of a GPU's matmul
-        buffer = x.new_empty(len(x) * words)
+        buffer = x.new_empty(len(x) * words, dtype=wide(x.dtype))
         for start in range(0, len(weight), words):
             part = slice(start, min(start + words, len(weight)))
             n = part.stop - start
-            logits = torch.mm(x, weight[part].T, out=buffer[: len(x) * n].view(len(x), n))
+            logits = wide_logits(x, weight[part], buffer[: len(x) * n])
             column = targets - start
             inside = (column >= 0) & (column < n)
-            wide = torch.promote_types(x.dtype, torch.float32)
-            yield part, logits.to(wide), column.clamp(0, n - 1)[:, None], inside[:, None]
+            yield part, logits, column.clamp(0, n - 1)[:, None], inside[:, None]
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        top = x.new_full((len(x), 1), -torch.inf, dtype=wide)  # largest logit so far
+        top = x.new_full((len(x), 1), -torch.inf, dtype=wide(x.dtype))  # largest logit so far
         total, picked = torch.zeros_like(top), torch.zeros_like(top)  # sum of exp(logit - top)
         for _, logits, column, inside in ChunkedLogps.parts(x, weight, targets):
             picked = torch.where(inside, logits.gather(1, column), picked)
             before, top = top, torch.maximum(top, logits.amax(dim=1, keepdim=True))
             total = total * (before - top).exp() + logits.sub_(top).exp_().sum(1, keepdim=True)
-            del logits  # or a part in float32 would outlive the making of the next
         lse = top + total.log()
         ctx.save_for_backward(x, weight, targets, lse)
         return (picked - lse)[:, 0]
@@ -537,5 +527,4 @@ class ChunkedLogps(torch.autograd.Function):
             d = d.to(x.dtype)
             dx -= d @ weight[part]
             torch.mm(d.T, gx, out=dw[part])
-            del logits, d
         return (dx * grad).to(x.dtype), dw.neg_(), None

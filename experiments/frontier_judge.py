@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import train
 from data import get_encoding
 from experiments import frontier_measure as measure
 from experiments import reviews
 from experiments.frontier import REWARDS
+from methods.reward import load_reward
 
 CPU = torch.device("cpu")
 JUDGE_SEED = 22  # of the draws that are judged
@@ -31,12 +31,12 @@ class Judges:
     def __init__(self, out: Path, spec: dict):
         self.spec = spec
         labels = f"labels-{spec['reward']}-s{spec['seed']}-w{spec['n_embd']}"
-        self.rewards = {"oracle": train.load_reward(REWARDS[spec["reward"]], CPU)}
+        self.rewards = {"oracle": load_reward(REWARDS[spec["reward"]], CPU)}
         self.held = {"oracle": dict(np.load(out / "runs" / labels / "rewards.npz"))}
         if spec["rm"]:
             # all policies by the model of all pairs, also those that learned from fewer
             whole = f"rm-{spec['reward']}-s{spec['seed']}"
-            self.rewards["rm"] = train.load_reward(str(out / "runs" / whole), CPU)
+            self.rewards["rm"] = load_reward(str(out / "runs" / whole), CPU)
             self.held["rm"] = dict(np.load(out / "runs" / whole / "rewards.npz"))
         pairs = read_rows(out / "runs" / labels / "judge-pairs.jsonl")
         self.prompts = [r["prompt"] for r in read_rows(out / "runs" / spec["sft"] / "judge.jsonl")]

@@ -34,7 +34,9 @@ from experiments.frontier import (
     SMOOTHING,
 )
 from experiments.frontier_judge import CPU, JUDGE_SEED, Judges, density, read_rows
+from infra.checkpoint import load_gpt
 from infra.rows import InputError, replacing
+from methods.reward import load_reward
 
 SFT_SEED, POOL_SEED, LABEL_SEED = 11, 33, 44  # which draws these are
 HELD_OUT = 500  # rows beside the training rows
@@ -98,7 +100,7 @@ def make_sft(out: Path, name: str, spec: dict) -> dict:
     argv += ["--init_std", spec["n_embd"] ** -0.5]
     stage(folder, [*argv, "--eval_interval", max(1, iters // 4)])
 
-    gpt, ckpt = train.load_gpt(folder)
+    gpt, ckpt = load_gpt(folder)
     rng = random.Random(seed)
     P, n_judged = spec["prompts"], spec["judged"][0]
     prompts = [row["prompt"] for row in rng.sample(rows[:-HELD_OUT], P)]
@@ -141,7 +143,7 @@ def bradley_terry(rows: list[dict], rewards: np.ndarray, seed: int) -> list[dict
 
 
 def make_labels(out: Path, name: str, spec: dict) -> dict:
-    folder, oracle = out / "runs" / name, train.load_reward(REWARDS[spec["reward"]], CPU)
+    folder, oracle = out / "runs" / name, load_reward(REWARDS[spec["reward"]], CPU)
     arrays = {}
     for what in ("train", "judge", "pool"):
         rows = read_rows(out / "runs" / spec["sft"] / f"{what}.jsonl")
@@ -180,7 +182,7 @@ def make_rm(out: Path, name: str, spec: dict) -> dict:
     argv += ["--eval_data", labels / "judge-pairs.jsonl", "--max_iters", iters]
     argv += ["--batch_size", size, "--learning_rate", spec["rate"]]
     stage(folder, [*argv, "--eval_interval", iters, "--seed", spec["seed"]])
-    reward, arrays = train.load_reward(str(folder), CPU), {}
+    reward, arrays = load_reward(str(folder), CPU), {}
     held = np.load(labels / "rewards.npz")
     for what in ("train", "judge", "pool"):
         rows = read_rows(out / "runs" / spec["sft"] / f"{what}.jsonl")
@@ -221,7 +223,7 @@ def make_limits(out: Path, _: str, spec: dict) -> dict:
         ],
         "best_of_n": [],
     }
-    sft, ckpt = train.load_gpt(out / "runs" / spec["sft"])
+    sft, ckpt = load_gpt(out / "runs" / spec["sft"])
     draws = judges.draw(sft, ckpt["encoding"])
     result["sft"] = judges.judge(sft, sft, draws)
     result["samples"] = judges.samples(draws)
@@ -273,35 +275,40 @@ def policy_argv(out: Path, spec: dict) -> list:
 
 
 @contextlib.contextmanager
-def watched(argv: list, look, steps):
-    """The stage that argv asks for also writes what look(gpt, step) says at its evaluations."""
-    table, name = (vars(train), "Online") if "--online" in argv else (train.TASKS, argv[0])
-    kind = table[name]
+def watched(look, steps):
+    """The stage that runs meanwhile also writes what look(gpt, step) says at its evaluations."""
+    make = train.make_stage
 
-    class Watched(kind):
-        def evaluate(self, step: int) -> dict:
-            found = {"judged": look(self.gpt, step)} if step in steps else {}
-            return super().evaluate(step) | found
+    def make_watched(*args):
+        stage = make(*args)
+        evaluate = stage.evaluate
 
-    table[name] = Watched
+        def evaluate_and_look(step: int) -> dict:
+            found = {"judged": look(stage.policy.gpt, step)} if step in steps else {}
+            return evaluate(step) | found
+
+        stage.evaluate = evaluate_and_look
+        return stage
+
+    train.make_stage = make_watched
     try:
         yield
     finally:
-        table[name] = kind
+        train.make_stage = make
 
 
 def make_policy(out: Path, name: str, spec: dict) -> dict:
     folder, argv = out / "runs" / name, policy_argv(out, spec)
     judges = Judges(out, spec)
-    sft, ckpt = train.load_gpt(out / "runs" / spec["sft"])
+    sft, ckpt = load_gpt(out / "runs" / spec["sft"])
 
     def look(gpt, step: int) -> dict:
         """Between the first step and the last, half of the final judgement."""
         return judges.judge(gpt, sft, judges.draw(gpt, ckpt["encoding"], parts=2))
 
-    with watched(argv, look, range(1, policy_steps(spec))):
+    with watched(look, range(1, policy_steps(spec))):
         stage(folder, argv)
-    gpt, _ = train.load_gpt(folder)
+    gpt, _ = load_gpt(folder)
     draws = judges.draw(gpt, ckpt["encoding"])
     result = {"samples": judges.samples(draws), "path": []}
     for line in (folder / "metrics.jsonl").read_text().splitlines():

@@ -204,3 +204,18 @@ def written_config(gpt: GPT, eot: int | None) -> dict:
         **dict.fromkeys(("bos_token_id", "eos_token_id"), eot),
         "torch_dtype": str(gpt.wte.weight.dtype).removeprefix("torch."),
     }
+
+
+TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER += ("special_tokens_map.json",)
+
+
+def tokenizer_files(checkpoint: Path) -> list[Path]:
+    """Those of the Hugging Face folder that training began from, run after run."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    while (folder / "settings.json").is_file():
+        init = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["init"]
+        if not init:
+            return []
+        folder = Path(init) if Path(init).is_dir() else Path(init).parent
+    return [folder / name for name in TOKENIZER if (folder / name).is_file()]

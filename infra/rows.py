@@ -267,11 +267,14 @@ class Report:
         if bad:
             text += "; not: " + ", ".join(f"{n} {why}" for why, n in self.unusable.most_common())
         if self.cut_prompts or self.cut_completions:
-            text += (
-                f"; cut to block_size: {self.cut_prompts} prompts from the left, "
-                f"{self.cut_completions} completions from the right"
-            )
+            text += f"; cut to block_size: {self.cut()}"
         return text
+
+    def cut(self) -> str:
+        return (
+            f"{self.cut_prompts} prompts from the left, "
+            f"{self.cut_completions} completions from the right"
+        )
 
 
 WANTED = {  # what each use of a file accepts, and how the error names it

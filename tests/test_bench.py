@@ -9,7 +9,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
 from data import Builder, Report, collate
 from experiments import bench, contestants, peers
 from experiments.contestants import Cell
@@ -21,7 +20,7 @@ TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 50}
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setitem(peers.SIZES, "tiny", TINY)
-    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(contestants, "pick_device", lambda name: torch.device("cpu"))
 
 
 def tiny_cell(**changes) -> Cell:
@@ -64,13 +63,16 @@ def test_naive_twin_has_our_loss(K):
     the policy has left the reference."""
     cell = tiny_cell(K=K, batch=5, shortest=1, longest=7)
     gpt, groups, s, device = contestants.train_setup(cell)
-    ref, task = contestants.make_gpt(cell, 13, device), contestants.Step(gpt, groups, s, device)
+    ref, stage = (
+        contestants.make_gpt(cell, 13, device),
+        contestants.make_stage(gpt, groups, s, device),
+    )
     with torch.no_grad():
         for p in gpt.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     ids = [7, 2, 5]
-    ours = task.loss(collate(groups, np.array(ids)))
-    naive = contestants.naive_loss(gpt, ref, groups, ids, task.log_target, s)
+    ours, _ = stage.loss(collate(groups, np.array(ids)))
+    naive = contestants.naive_loss(gpt, ref, groups, ids, torch.from_numpy(groups.log_target), s)
     torch.testing.assert_close(ours, naive, rtol=1e-5, atol=1e-6, check_dtype=False)
 
 

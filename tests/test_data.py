@@ -755,7 +755,8 @@ def check_collate(raw: list, chosen: list[int], round_to: int) -> None:
     starts = np.cumsum([0] + [1 + len(c) for _, c in raw])
     rows = [[int(starts[g]) + 1 + k if k < len(raw[g][1]) else 0 for k in range(K)] for g in chosen]
     assert batch.segment.tolist() == rows
-    assert all(x.dtype in (torch.int64, torch.bool) and x.is_contiguous() for x in batch)
+    kinds = (torch.int64, torch.bool, torch.float64)
+    assert all(x.dtype in kinds and x.is_contiguous() for x in batch)
 
 
 completion = st.tuples(st.lists(token, max_size=5), st.booleans())

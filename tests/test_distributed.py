@@ -15,6 +15,7 @@ import torch
 
 import train
 from data import collate
+from infra.checkpoint import load_checkpoint, load_gpt
 from model import GPT
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +84,7 @@ def records(out: Path) -> list[dict]:
 
 
 def assert_same_run(a: Path, b: Path, tolerance: float) -> None:
-    first, second = (train.load_checkpoint(out) for out in (a, b))
+    first, second = (load_checkpoint(out) for out in (a, b))
     assert first["step"] == second["step"]
     close = {"rtol": tolerance, "atol": tolerance}
     for name, value in first["model"].items():
@@ -120,7 +121,7 @@ def test_two_processes_equal_one(stage, dtype, more, files, tmp_path):
     done = run(argv(stage, files, two, dtype, *more), 2)
     assert_same_run(one, two, {"float64": 1e-10, "float32": 1e-5}[dtype])
     assert done.stdout.count("rows usable") == 2  # training and held-out rows: one process prints
-    gpt, _ = train.load_gpt(two, policy=stage != "reward")  # what it saved is whole
+    gpt, _ = load_gpt(two, policy=stage != "reward")  # what it saved is whole
     assert isinstance(gpt, GPT)
 
 
@@ -136,7 +137,7 @@ def test_a_sharded_run_resumes_in_one_process(files, tmp_path):
     wait_for(lambda: (parts / "ckpt.pt").exists() and len(records(parts)) > 3)
     first.send_signal(signal.SIGTERM)  # torchrun hands it to both; they agree on the step
     first.wait()
-    assert train.load_checkpoint(parts)["step"] < STEPS
+    assert load_checkpoint(parts)["step"] < STEPS
     run([*command, "--resume"], 1)
     assert_same_run(whole, parts, 1e-10)
 
@@ -179,9 +180,8 @@ class Guard(torch.nn.Module):
 def test_nothing_is_differentiated_past_the_wrapper(stage, files, tmp_path, monkeypatch):
     """A method called past DDP skips its hooks, and gradients would silently stay local."""
     s = train.parse(argv(stage, files, tmp_path / "run", "float32"))
-    task = train.TASKS[stage](s, torch.device("cpu"))
-    task.module = Guard(task.module)
-    task.prepare(np.arange(11))
+    task = train.make_stage(s, torch.device("cpu"))
+    task.policy.module = Guard(task.policy.module)
     hidden = GPT.hidden
 
     def guarded(self, *args):
@@ -189,9 +189,9 @@ def test_nothing_is_differentiated_past_the_wrapper(stage, files, tmp_path, monk
         return hidden(self, *args)
 
     monkeypatch.setattr(GPT, "hidden", guarded)
-    train.update(s, task, train.adamw(task.scorer, s, 0.0), np.arange(5), 0.0)
+    train.update(s, task, train.adamw(task.policy.scorer, s, 0.0), np.arange(5), 0.0)
     with pytest.raises(AssertionError):  # the guard itself works
-        task.scorer(collate(task.groups, [0]))
+        task.policy.scorer(collate(task.groups, [0]))
 
 
 def test_shards_need_processes(files, tmp_path, capsys):

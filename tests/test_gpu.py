@@ -10,6 +10,7 @@ import torch
 
 import train
 from data import Builder, Groups, Report, collate
+from infra.parallel import rounding
 from model import GPT, GPTConfig, Scorer
 
 CUDA = pytest.param(
@@ -56,7 +57,7 @@ def groups_of(config: GPTConfig, prompt: int, completion: int, K: int, n: int) -
 
 def a_batch(device: str):
     groups = groups_of(CONFIG, 40, 30, 3, 4)
-    return collate(groups, np.arange(4), train.rounding(torch.device(device))).to(device)
+    return collate(groups, np.arange(4), rounding(torch.device(device))).to(device)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 import sample
 import train
+from infra import checkpoint
+from infra.checkpoint import load_gpt
 from infra.huggingface import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
 
@@ -346,7 +348,7 @@ def test_init_step_export_and_back(pairs, tmp_path, capsys):
     assert first["kl"] == first["margin"] == 0
     assert sample.main([str(run), "--export", str(hf)]) == 0
     assert "no tokenizer is written" in capsys.readouterr().out
-    trained, exported = train.load_gpt(run)[0], from_pretrained(hf)
+    trained, exported = load_gpt(run)[0], from_pretrained(hf)
     assert same(trained, exported)
     assert not trained.wte.weight.equal(before.wte.weight[:257])
     assert not (hf / "vocab.json").exists()
@@ -368,7 +370,7 @@ def test_transformers_weights_take_an_exo_step_and_go_back(pairs, tmp_path):
     before.save_pretrained(tmp_path / "init")
     assert exo_step(pairs, tmp_path / "init", tmp_path / "run", "--encoding", "bytes") == 0
     assert sample.main([str(tmp_path / "run"), "--export", str(tmp_path / "hf")]) == 0
-    trained = train.load_gpt(tmp_path / "run")[0]
+    trained = load_gpt(tmp_path / "run")[0]
     after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert gap(trained, after.eval()) <= 1e-4
     assert gap(trained, before.eval()) > 1e-3
@@ -381,14 +383,14 @@ def test_export_keeps_encoding_and_temperature(pairs, tmp_path):
     assert sample.main([str(tmp_path / "run" / "ckpt.pt"), "--export", str(tmp_path / "hf")]) == 0
     said = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert (said["temperature"], said["do_sample"]) == (0.5, True)
-    _, ckpt = train.load_gpt(tmp_path / "hf")
+    _, ckpt = load_gpt(tmp_path / "hf")
     assert (ckpt["temperature"], ckpt["encoding"]) == (0.5, "bytes")
 
 
 def test_gpt2_is_the_encoding_of_a_folder_that_does_not_say(pairs, tmp_path, monkeypatch):
     encoding = tiny_encoding()
-    monkeypatch.setattr(train, "get_encoding", {"gpt2": encoding}.__getitem__)
-    monkeypatch.setattr(sample, "get_encoding", {"gpt2": encoding}.__getitem__)
+    for module in (checkpoint, train, sample):
+        monkeypatch.setattr(module, "get_encoding", {"gpt2": encoding}.__getitem__)
     byte_folder(tmp_path / "init", encoding.n_vocab)
     tokenizer = {"vocab.json": "{}", "merges.txt": "#version: 0.2", "tokenizer_config.json": "{}"}
     for name, text in tokenizer.items():

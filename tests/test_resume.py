@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import train
+from infra.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 STEPS = 150
@@ -131,6 +132,6 @@ def test_a_run_killed_ten_times_ends_where_an_untouched_one_ends(folder):
     assert reference.wait() == last.wait() == 0
     assert without_rates(killed) == without_rates(whole)
     for name in ("ckpt.pt", "best.pt"):
-        a, b = (train.load_checkpoint(out / name) for out in (whole, killed))
+        a, b = (load_checkpoint(out / name) for out in (whole, killed))
         assert_equal(a, b, name)
-    assert train.load_checkpoint(killed)["step"] == STEPS
+    assert load_checkpoint(killed)["step"] == STEPS

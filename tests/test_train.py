@@ -17,6 +17,8 @@ import data
 import exo
 import sample
 import train
+from infra.checkpoint import load_checkpoint, load_gpt
+from infra.parallel import set_precision
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -135,7 +137,7 @@ def test_the_same_seed_gives_the_same_numbers(files, tmp_path):
     for kind in ("eval", "train"):
         a, b = (records(tmp_path / name, kind) for name in ("a", "b"))
         assert [{**r, **RATES} for r in a] == [{**r, **RATES} for r in b]
-    a, b = (train.load_checkpoint(tmp_path / name)["model"] for name in ("a", "b"))
+    a, b = (load_checkpoint(tmp_path / name)["model"] for name in ("a", "b"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -145,13 +147,16 @@ def test_micro_batches_give_the_gradient_of_the_large_batch(files, tmp_path):
         gradients = []
         for micro in (None, 3):
             s = train.Settings(
-                stage, data=[files["pairs"]], init=files["sft"], micro_batch_size=micro, grad_clip=0
+                stage,
+                data=[files["pairs"]],
+                init=files["sft"],
+                micro_batch_size=micro,
+                grad_clip=0,
+                dtype="float64",
             )
-            task = train.TASKS[stage](s, torch.device("cpu"))
-            task.gpt.double()
-            task.prepare(np.arange(len(task.groups)))
+            task = train.make_stage(s, torch.device("cpu"))
             seen = []
-            optimizer = train.adamw(task.gpt, s, 0.0)
+            optimizer = train.adamw(task.policy.gpt, s, 0.0)
             optimizer.register_step_pre_hook(
                 lambda o, *_, seen=seen: seen.extend(
                     p.grad.clone() for g in o.param_groups for p in g["params"]
@@ -182,25 +187,32 @@ def test_a_resumed_run_does_not_ask_the_reference_again(files, tmp_path, monkeyp
             preference("exo", files, tmp_path / "cut", *argv)
     asked, score = [], train.score
 
-    def counting(*args, **kwargs):
+    def counting(*args):
         asked.append(args[-1] == "reference")
-        return score(*args, **kwargs)
+        return score(*args)
 
     monkeypatch.setattr(train, "score", counting)
     assert preference("exo", files, tmp_path / "cut", *argv, "--resume") == 0
     assert asked
     assert not any(asked)
-    a, b = (train.load_checkpoint(tmp_path / name) for name in ("whole", "cut"))
+    a, b = (load_checkpoint(tmp_path / name) for name in ("whole", "cut"))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     assert all(torch.equal(a["task"][k], b["task"][k]) for k in a["task"])
 
 
 def test_reference_log_probs_are_computed_only_for_rows_that_will_be_read(files, tmp_path):
-    s = train.Settings("exo", data=[files["pairs"]], init=files["sft"])
-    task = train.Preference(s, torch.device("cpu"))
-    task.prepare(np.array([3, 5]))
-    known = task.ref_logps.nonzero()[:, 0].tolist()
-    assert known == [int(task.groups.first[g]) + k for g in (3, 5) for k in (1, 2)]
+    """And for more of them when the run is made longer."""
+    argv = ["exo", "--data", files["pairs"], "--init", files["sft"], "--batch_size", "2"]
+    one, two = (
+        train.make_stage(train.parse([*argv, "--max_iters", n]), torch.device("cpu")) for n in "12"
+    )
+    for stage, steps in ((one, 1), (two, 2)):
+        known = np.flatnonzero(np.isfinite(stage.groups.ref_logps)).tolist()
+        read = sorted(g for i in range(steps) for g in stage.ids(i))
+        assert known == [int(stage.groups.first[g]) + k for g in read for k in (1, 2)]
+    two.load_state(one.state())
+    known = np.isfinite(two.groups.ref_logps)
+    assert known.sum() == 2 * 4
 
 
 def test_a_forks_loss_is_one_function_and_one_entry(files, tmp_path, monkeypatch):
@@ -209,7 +221,7 @@ def test_a_forks_loss_is_one_function_and_one_entry(files, tmp_path, monkeypatch
         return (ratio[:, 0] - ratio[:, 1] - 1 / (2 * beta_pi)).square().mean()
 
     monkeypatch.setitem(exo.LOSSES, "ipo", ipo_loss)
-    assert preference("exo", files, tmp_path / "run", "--loss", "ipo") == 0
+    assert preference("ipo", files, tmp_path / "run") == 0
     assert records(tmp_path / "run", "eval")[0]["loss"] == pytest.approx(25.0)
 
 
@@ -217,9 +229,8 @@ def test_warns_when_the_chosen_fall(files, tmp_path, capsys):
     """DPO's well-known side effect: the margin grows while both log-probs fall."""
     s = train.Settings("dpo", data=[files["pairs"]], eval_data=[files["pairs"]], init=files["sft"])
     s.kl_samples = 0
-    task = train.Preference(s, torch.device("cpu"))
-    task.prepare(np.arange(2))
-    task.eval_ref += 1.0
+    task = train.make_stage(s, torch.device("cpu"))
+    task.held_out.ref_logps += 1.0
     task.evaluate(7)
     task.evaluate(8)
     printed = capsys.readouterr().out
@@ -232,15 +243,15 @@ def test_accuracy_counts_pairs_with_unlike_targets():
     target = torch.tensor([[0.0, 1.0, 1.0]])
     ratio = torch.tensor([[0.0, 2.0, 0.0]])
     mask = torch.ones(1, 3, dtype=torch.bool)
-    assert train.accuracy(ratio, target, mask) == 0.75
-    assert train.accuracy(ratio, target, torch.tensor([[True, True, False]])) == 1.0
+    assert exo.accuracy(ratio, target, mask) == 0.75
+    assert exo.accuracy(ratio, target, torch.tensor([[True, True, False]])) == 1.0
 
 
 def test_temperature_is_stored_and_scales_logits(files, tmp_path):
     out = tmp_path / "warm"
     argv = ["sft", "--data", files["pairs"], "--eval_data", files["pairs"], "--out", str(out)]
     assert train.main([*argv, *TINY, "--temperature", "2.0"]) == 0
-    gpt, ckpt = train.load_gpt(out)
+    gpt, ckpt = load_gpt(out)
     assert ckpt["temperature"] == 2.0
     groups, _ = data.read_groups([files["pairs"]], data.byte_encoding(), 64, "sft")
     total, count = 0.0, 0
@@ -291,7 +302,7 @@ def test_a_stopped_run_resumes_to_the_same_result(how, files, tmp_path):
     assert status in ((-9,) if how == signal.SIGKILL else (128 + how,))
     subprocess.run(command(files, stopped, "--resume"), check=True, **quiet)
     assert without_rates(metrics) == without_rates(whole / "metrics.jsonl")
-    a, b = (train.load_checkpoint(out) for out in (whole, stopped))
+    a, b = (load_checkpoint(out) for out in (whole, stopped))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     assert a["step"] == b["step"] == 40
 
@@ -379,7 +390,7 @@ def test_wrong_data_is_named_with_file_and_line(rows, said, files, tmp_path, cap
         (["exo", "--data", "PAIRS", "--init", "PAIRS"], "cannot read the checkpoint"),
         (["exo", "--data", "PAIRS", "--init", "SFT", "--label_smoothing", "0"], "infinite"),
         (["dpo", "--data", "PAIRS", "--init", "SFT", "--label_smoothing", "0.5"], "eps < 0.5"),
-        (["dpo", "--data", "PAIRS", "--init", "SFT", "--loss", "kto"], "unknown --loss 'kto'"),
+        (["kto", "--data", "PAIRS", "--init", "SFT"], "invalid choice: 'kto'"),
         (["dpo", "--data", "PAIRS", "--init", "SFT", "--beta_pi", "0"], "above 0, got 0.0"),
         (["dpo", "--data", "PAIRS", "--init", "SFT", "--beta_pi", "nan"], "finite number"),
         (["dpo", "--data", "PAIRS", "--init", "SFT", "--n_embd", "32"], "disagrees with --init"),
@@ -402,7 +413,7 @@ def test_each_wrong_setting_gets_one_sentence(argv, said, files, tmp_path, capsy
 
 def test_a_checkpoint_from_another_vocabulary_is_refused(files, tmp_path, capsys):
     """Ids of one tokenizer mean nothing to a model of another."""
-    ckpt = dict(train.load_checkpoint(files["sft"]))
+    ckpt = dict(load_checkpoint(files["sft"]))
     ckpt["config"] = ckpt["config"] | {"vocab_size": 300}
     ckpt["model"] = GPT(GPTConfig(**ckpt["config"])).state_dict()
     torch.save(ckpt, tmp_path / "other.pt")
@@ -414,10 +425,12 @@ def test_a_checkpoint_from_another_vocabulary_is_refused(files, tmp_path, capsys
 
 def test_every_setting_is_read_somewhere():
     """A dead option is worse than none."""
-    source = (ROOT / "train.py").read_text().split("class Parser")[1]
-    rules = (ROOT / "train.py").read_text().split("class Parser")[0]
+    files = [ROOT / "train.py", *(ROOT / "methods").glob("*.py"), ROOT / "infra/checkpoint.py"]
+    whole = "".join(file.read_text(encoding="utf-8") for file in files)
+    source = whole.split("class Parser")[1]
     for name in train.Settings.__dataclass_fields__:
-        assert f"s.{name}" in source or f'"{name}"' in source or f"self.{name} =" in rules, name
+        read = f"s.{name}" in source or f'"{name}"' in source or f"self.{name} =" in whole
+        assert read, name
 
 
 # ------------------------------------------------------------------------------
@@ -479,7 +492,7 @@ def test_scores_are_the_log_probs_of_a_plain_forward_pass(files, tmp_path):
     for kind in ("pairs", "rewards"):
         argv = [files["sft"], "--score", files[kind], "--out", str(out), "--overwrite"]
         assert sample.main([*argv, "--batch_size", "5", "--temperature", "0.7"]) == 0
-        gpt, ckpt = train.load_gpt(files["sft"])
+        gpt, ckpt = load_gpt(files["sft"])
         encoding = data.get_encoding(ckpt["encoding"])
         given = rows_of(Path(files[kind]))
         for before, row in zip(given, rows_of(out), strict=True):
@@ -636,10 +649,10 @@ def test_a_full_disk_while_training_is_a_sentence(files, tmp_path, monkeypatch, 
         patch.setattr(torch, "save", full_disk)
         assert preference("dpo", files, out) == 2
     assert "cannot write" in capsys.readouterr().err.splitlines()[-1]
-    assert train.load_checkpoint(out)["step"] == 0
+    assert load_checkpoint(out)["step"] == 0
     assert not list(out.glob(".*"))
     assert preference("dpo", files, out, "--resume") == 0
-    a, b = (train.load_checkpoint(x)["model"] for x in (tmp_path / "whole", out))
+    a, b = (load_checkpoint(x)["model"] for x in (tmp_path / "whole", out))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -650,9 +663,9 @@ def test_tf32_only_on_a_gpu_and_not_where_float32_was_asked_for(files, tmp_path)
         for dtype in (None, "bfloat16", "float32"):
             s = train.Settings("sft", data=["-"], dtype=dtype)
             torch.set_float32_matmul_precision("highest")
-            train.set_precision(s, torch.device("cpu"))
+            set_precision(s.dtype, torch.device("cpu"))
             assert torch.get_float32_matmul_precision() == "highest"
-            train.set_precision(s, torch.device("cuda"))
+            set_precision(s.dtype, torch.device("cuda"))
             found.append(torch.get_float32_matmul_precision())
     finally:
         torch.set_float32_matmul_precision(before)
