@@ -15,6 +15,8 @@ another. The tokens of all files are in memory at once, 4 bytes each.
 
 import importlib
 import math
+import os
+import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -69,9 +71,11 @@ def decode(encoding: tiktoken.Encoding, ids: list[int]) -> str:
 
 
 def load_function(name: str, flag: str):
-    """The function behind `module:function`, imported from the current folder or the Python
-    path."""
+    """The function behind `module:function`, imported from the Python path or the current
+    folder."""
     module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError, TypeError) as error:

@@ -702,7 +702,7 @@ def evaluate(s: Settings, stage, optimizer, state: dict, log: Log) -> None:
     metrics = stage.evaluate(state["step"])
     loss = metrics.get("loss", math.inf)
     if math.isnan(loss):
-        raise Diverged(f"at step {state['step']} the held-out loss is no number")
+        raise Diverged("the held-out loss is no number")
     log.write("eval", state["step"], metrics)
     better = loss < state["best"]
     state |= {"evaluated": state["step"], "best": min(state["best"], loss)}

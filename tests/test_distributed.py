@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import train
-from data import collate
+from data import byte_encoding, collate
 from infra.checkpoint import load_checkpoint, load_gpt
+from infra.rows import InputError
 from model import GPT
 
 ROOT = Path(__file__).parent.parent
@@ -192,6 +193,27 @@ def test_nothing_is_differentiated_past_the_wrapper(stage, files, tmp_path, monk
     train.update(s, task, train.adamw(task.policy.scorer, s, 0.0), np.arange(5), 0.0)
     with pytest.raises(AssertionError):  # the guard itself works
         task.policy.scorer(collate(task.groups, [0]))
+
+
+def lonely():
+    """An encoding that one process of two cannot make."""
+    if os.environ["RANK"] == "1":
+        raise InputError("only the second process knows this")
+    return byte_encoding()
+
+
+def test_the_error_of_one_process_ends_all_with_its_sentence(files, tmp_path):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*start, "train.py", "sft", "--data", files["pairs"], "--out", str(tmp_path / "run")]
+    command += ["--encoding", "tests.test_distributed:lonely", "--max_iters", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    began = time.time()
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode != 0
+    assert "train.py: only the second process knows this" in done.stderr
+    assert time.time() - began < 60
 
 
 def test_shards_need_processes(files, tmp_path, capsys):

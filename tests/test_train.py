@@ -1,6 +1,7 @@
 """train.py and sample.py from the outside: runs leave the right files, mistakes one sentence."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -273,6 +274,122 @@ def test_learning_rate_warms_up_and_decays():
 
 
 # ------------------------------------------------------------------------------
+# A fork's losses, as a fork would write them
+
+
+def ipo_loss(policy_logps, ref_logps, log_target, beta_pi=1.0, mask=None):
+    """Azar et al. 2023, arXiv:2310.12036, Eq. 17: pairs, chosen first."""
+    ratio = policy_logps - ref_logps
+    return (ratio[:, 0] - ratio[:, 1] - 1 / (2 * beta_pi)).square().mean()
+
+
+def simpo_loss(policy_logps, ref_logps, log_target, beta_pi=1.0, mask=None, *, lengths):
+    """Meng et al. 2024, arXiv:2405.14734, Eq. 6 with gamma 0: no reference, a mean over tokens."""
+    assert not ref_logps.any()
+    mean = policy_logps / lengths
+    return torch.nn.functional.softplus(-beta_pi * (mean[:, 0] - mean[:, 1])).mean()
+
+
+def test_a_loss_for_pairs_refuses_rows_with_rewards(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(exo.LOSSES, "ipo", ipo_loss)
+    monkeypatch.setitem(exo.NEEDS, ipo_loss, exo.Needs(pairs=True))
+    assert preference("ipo", files, tmp_path / "run") == 0
+    assert preference("ipo", files, tmp_path / "rewards", data_="rewards") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{files['rewards']}:1: ipo wants preference pairs, not rewards" in said
+    argv = ["ipo", "--data", files["pairs"], "--init", files["sft"], "--online", "--reward", REWARD]
+    assert "ipo wants pairs, chosen first" in mistake([*argv, "--out", str(tmp_path / "x")], capsys)
+
+
+def test_a_loss_without_a_reference_and_with_lengths(files, tmp_path, monkeypatch):
+    """Nothing is asked of a reference, and the loss is what its formula says."""
+    monkeypatch.setitem(exo.LOSSES, "simpo", simpo_loss)
+    needs = exo.Needs(pairs=True, reference=False, lengths=True)
+    monkeypatch.setitem(exo.NEEDS, simpo_loss, needs)
+    assert preference("simpo", files, tmp_path / "run", "--beta_pi", "2") == 0
+    rows = scored(files, tmp_path, "pairs")
+    mean = [
+        [x / (len(row[k].encode()) + 1) for x, k in zip(row["logps"], names, strict=True)]
+        for names in [("chosen", "rejected")]
+        for row in rows
+    ]
+    gap = torch.tensor([a - b for a, b in mean])
+    loss = torch.nn.functional.softplus(-2 * gap).mean().item()
+    assert loss == pytest.approx(records(tmp_path / "run", "eval")[-1]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_exo_under_another_name_is_exo(online, files, tmp_path, monkeypatch):
+    """Its default smoothing and its on-policy correction belong to the function."""
+    monkeypatch.setitem(exo.LOSSES, "mine", exo.exo_loss)
+    more = ["--online", "--reward", REWARD, "--K", "3", "--round_iters", "2"] if online else []
+    for name in ("exo", "mine"):
+        assert preference(name, files, tmp_path / name, *more) == 0
+    a, b = (without_rates(tmp_path / name / "metrics.jsonl") for name in ("exo", "mine"))
+    assert a == b
+
+
+# ------------------------------------------------------------------------------
+# Machines
+
+
+class RefusesFloat64(torch.overrides.TorchFunctionMode):
+    """As mps does: nothing in float64 arrives on a device. cpu:0 stands for one."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.device)]
+        if torch.device("cpu", 0) in given:
+            assert not isinstance(out, torch.Tensor) or out.dtype != torch.float64, function
+        return out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["sft"],
+        ["reward"],
+        ["exo", "--reward", "MODEL"],
+        ["dpo"],
+        ["exo", "--online", "--reward", "MODEL"],
+        ["dpo", "--online", "--reward", "MODEL"],
+        ["ppo", "--reward", "MODEL"],
+    ],
+)
+def test_no_float64_goes_to_a_device(argv, files, tmp_path):
+    """It crashed every stage with a reference, and the reward model, on a Mac."""
+    train_rm = ["reward", "--data", files["pairs"], "--out", str(tmp_path / "rm"), *TINY]
+    assert "MODEL" not in argv or train.main(train_rm) == 0
+    argv = [str(tmp_path / "rm") if a == "MODEL" else a for a in argv]
+    argv += ["--data", files["pairs"], "--eval_data", files["pairs"], "--init", files["sft"]]
+    argv += ["--out", str(tmp_path / "run"), *SHORT, "--device", "cpu:0"]
+    with RefusesFloat64():
+        assert train.main(argv) == 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_the_step(
+    files, tmp_path, monkeypatch, capsys
+):
+    """The checkpoint stays good, metrics stay JSON, and the sentence names step and rows."""
+    calls = []
+
+    def breaks(policy_logps, *args):
+        calls.append(policy_logps.requires_grad)
+        return exo.dpo_loss(policy_logps, *args) * (math.nan if sum(calls) == 5 else 1.0)
+
+    monkeypatch.setitem(exo.LOSSES, "breaks", breaks)
+    assert preference("breaks", files, tmp_path / "run", "--kl_samples", "0") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("train.py: step 4: the gradient is no number for the rows ")
+    assert f"{files['pairs']}:" in said
+    assert said.endswith("keeps the checkpoint of step 3")
+    ckpt = load_checkpoint(tmp_path / "run")
+    assert ckpt["step"] == 3
+    assert all(x.isfinite().all() for x in ckpt["model"].values())
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+# ------------------------------------------------------------------------------
 # Stopping and going on
 
 
@@ -314,6 +431,49 @@ def test_a_finished_run_resumes_to_itself_without_held_out_data(files, tmp_path)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert train.main([*argv, *SHORT, "--resume"]) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_what_does_not_change_the_mathematics_may_change_on_resume(files, tmp_path):
+    """After an out-of-memory: fewer groups at once, checkpointing; and a run made longer."""
+    assert preference("dpo", files, tmp_path / "run", "--batch_size", "4") == 0
+    argv = ["dpo", "--data", files["pairs"], "--eval_data", files["pairs"], "--init", files["sft"]]
+    argv += ["--out", str(tmp_path / "run"), *SHORT[2:], "--batch_size", "4", "--resume"]
+    more = ["--micro_batch_size", "2", "--gradient_checkpointing", "--max_iters", "12"]
+    assert train.main([*argv, *more]) == 0
+    assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(1, 13))
+
+
+def test_the_reference_is_that_of_the_beginning(files, tmp_path, monkeypatch, capsys):
+    """--init is read once; where it was trained meanwhile, the run does not go on with another."""
+    sft, read, load = tmp_path / "sft", [], train.load_gpt
+    argv = ["sft", "--data", files["pairs"], "--out", str(sft), "--init", files["sft"]]
+    assert train.main([*argv, "--max_iters", "1"]) == 0
+    monkeypatch.setattr(train, "load_gpt", lambda *a, **k: read.append(a) or load(*a, **k))
+    own = {**files, "sft": str(sft)}
+    assert preference("dpo", own, tmp_path / "run") == 0
+    assert len(read) == 1
+    assert train.main([*argv, "--max_iters", "3", "--overwrite"]) == 0
+    assert preference("dpo", own, tmp_path / "run", "--resume") == 2
+    assert "is another model than when the run began" in capsys.readouterr().err
+
+
+def test_the_best_weights_can_be_chosen(files, tmp_path):
+    """--which best, as --init and in sample.py."""
+    argv = ["sft", "--data", files["pairs"], "--eval_data", files["pairs"], "--init", files["sft"]]
+    rates = ["--learning_rate", "3", "--max_iters", "3", "--eval_interval", "1"]
+    assert train.main([*argv, "--out", str(tmp_path / "run"), *rates]) == 0
+    last, best = (load_gpt(tmp_path / "run", which=which)[0] for which in ("last", "best"))
+    assert best.wte.weight.equal(load_gpt(files["sft"])[0].wte.weight)
+    assert not best.wte.weight.equal(last.wte.weight)
+    s = train.parse(["sft", "--data", "x", "--init", str(tmp_path / "run"), "--which", "best"])
+    assert train.build(s)[0].wte.weight.equal(best.wte.weight)
+    texts = []
+    for which in ("last", "best"):
+        out = tmp_path / f"{which}.jsonl"
+        argv = [str(tmp_path / "run"), "--which", which, "--prompt", "the", "--out", str(out)]
+        assert sample.main(argv) == 0
+        texts.append(out.read_text())
+    assert texts[0] != texts[1]
 
 
 def test_a_run_is_not_overwritten_by_accident(files, tmp_path, capsys):
@@ -505,6 +665,31 @@ def test_scores_are_the_log_probs_of_a_plain_forward_pass(files, tmp_path):
                 slow = each[len(x) - 1 : -1].gather(-1, torch.tensor(y)[:, None]).sum().item()
                 assert logp == pytest.approx(slow, rel=1e-4)
             assert {k: v for k, v in row.items() if k != "logps"} == before
+
+
+def test_what_is_cut_is_counted_and_said(files, tmp_path, capsys):
+    """By --score, and by a reward model with less room than the policy."""
+    row = {"prompt": "p" * 50, "chosen": "c" * 60, "rejected": "no"}
+    file = write_rows(tmp_path / "long.jsonl", [row])
+    assert sample.main([files["sft"], "--score", file]) == 0
+    said = capsys.readouterr().err
+    assert "cut to block_size: 1 prompts from the left, 1 completions from the right" in said
+    rm = ["reward", "--data", files["pairs"], "--out", str(tmp_path / "rm"), *TINY]
+    assert train.main([*rm, "--block_size", "16"]) == 0
+    assert sample.main([files["sft"], "--score", file, "--reward", str(tmp_path / "rm")]) == 0
+    assert "cuts texts to its block_size of 16: here 2 prompts" in capsys.readouterr().out
+
+
+def test_prompts_need_no_max_new_tokens_at_a_small_block_size(files, capsys):
+    assert sample.main([files["sft"], "--prompt", "the cat"]) == 0
+    assert capsys.readouterr().out.startswith("the cat")
+
+
+def test_a_users_module_is_found_in_the_working_directory(files, tmp_path):
+    (tmp_path / "rewards_beside_me.py").write_text("def f(prompt, completion):\n    return 1.0\n")
+    command = [sys.executable, str(ROOT / "sample.py"), files["sft"], "--prompt", "a"]
+    command += ["--max_new_tokens", "4", "--reward", "rewards_beside_me:f"]
+    subprocess.run(command, check=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
 
 
 def test_best_of_keeps_the_best(files, tmp_path):
