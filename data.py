@@ -3,45 +3,29 @@ From rows of text to batches of groups. One shape runs through everything, the *
 prompt, K completions. A preference pair is a group with K = 2, chosen first; a row with rewards has
 its own K; a text to imitate is a group with K = 1.
 
-    JSONL line -> parse_row (text, checked) -> Groups (token ids in flat arrays, in memory or
-    mapped from a folder) -> collate (one batch)
+    JSONL line -> infra.rows (text, checked) -> Groups (token ids in flat arrays) -> collate
 
 Texts are encoded apart and joined as token ids, never as text: what a completion's tokens are does
 not depend on its prompt. Special tokens written inside texts stay plain text.
 
 Simplifications: an epoch's order depends on (seed, epoch) alone; texts without a prompt are
 concatenated with [end of text] between them and cut into blocks, so one text may see the end of
-another. Files are read row by row, except that a .txt file is one row, and a .json file is parsed
-whole: what exceeds memory must be .jsonl.
+another. The tokens of all files are in memory at once, 4 bytes each.
 """
 
-import contextlib
-import dataclasses
-import functools
-import gzip
-import hashlib
 import importlib
-import io
-import itertools
-import json
 import math
-import shutil
-import tempfile
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import os
+import sys
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 import torch
 
-
-class InputError(ValueError):
-    """A mistake in what the user gave us, said in one sentence. Commands print it and exit with
-    2."""
-
+import exo
+from infra.rows import InputError, Report, best_of, read_files
 
 # ------------------------------------------------------------------------------
 # Tokenizers: tiktoken only
@@ -87,370 +71,25 @@ def decode(encoding: tiktoken.Encoding, ids: list[int]) -> str:
 
 
 def load_function(name: str, flag: str):
-    """The function behind `module:function`, imported from the current folder or the Python
-    path."""
+    """The function behind `module:function`, imported from the Python path or the current
+    folder."""
     module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(f"{flag} {name}: {error}") from error
 
 
-def hugging_face_tokenizer(encoding: tiktoken.Encoding, block_size: int) -> dict[str, str] | None:
-    """What AutoTokenizer needs to encode as `gpt2` does: {file name: text}; None for any other
-    encoding, for which transformers' GPT-2 tokenizer cuts text differently.
-
-    They agree on ordinary text; in `transformers` a literal <|endoftext|> becomes the special
-    token, here it stays text.
-    """
-    if encoding.name != "gpt2":
-        return None
-    ranks, letter = encoding._mergeable_ranks, byte_letters()
-
-    def spell(token: bytes) -> str:
-        return "".join(letter[b] for b in token)
-
-    special = encoding.decode([encoding.eot_token])
-    vocab = {spell(token): rank for token, rank in ranks.items()} | {special: encoding.eot_token}
-    merges = [" ".join(map(spell, pair)) for pair in recover_merges(ranks)]
-    config = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": block_size,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), special),
-    }
-    return {
-        "vocab.json": json.dumps(vocab, ensure_ascii=False) + "\n",
-        "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
-        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
-    }
-
-
-def byte_letters() -> list[str]:
-    """GPT-2's printable letter for each byte: printable Latin-1 stands for itself, the others get
-    the letters from 256 on, in order."""
-    plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    spare = itertools.count(256)
-    return [chr(b if b in plain else next(spare)) for b in range(256)]
-
-
-def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges that made a BPE vocabulary, in order: the last merge of each token joins the two
-    parts that the merges before it leave of its bytes."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            joined = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
-            i = joined.index(min(joined))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
-
-
-# ------------------------------------------------------------------------------
-# Rows: what a line may be
-
-
-class Row(NamedTuple):
-    """A checked row. kind: `pair` (completions = chosen, rejected), `rewards`, `samples` (none
-    yet), `sft` or `prompt`."""
-
-    kind: str
-    prompt: str | None  # None: running text, no prompt
-    completions: list[str]
-    rewards: list[float] | None = None
-
-
-class Unusable(Exception):
-    """A well-formed row that no training can use; the message is the reason it is counted under."""
-
-
-ASSISTANT = "\n\nAssistant:"
-TURNS = {"user": "\n\nHuman:", "assistant": ASSISTANT, "system": "\n\nSystem:"}
-ALPACA = (
-    "Below is an instruction that describes a task{paired}. Write a response that appropriately "
-    "completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
-)
-FORMATS = (
-    "{prompt, chosen, rejected}, {chosen, rejected}, {instruction, input, chosen, rejected}, "
-    "{prompt, completions, rewards}, {prompt, completion}, {text} or {prompt}"
-)
-
-
-def parse_row(row: object) -> Row:
-    """One JSON value -> Row. Raises InputError (malformed, without file and line) or Unusable."""
-    if not isinstance(row, dict):
-        raise InputError(f"a row must be a JSON object, got {type(row).__name__}")
-    if "chosen" in row or "rejected" in row:
-        return parse_pair(row)
-    if "completions" in row or "rewards" in row:
-        return parse_rewards(row)
-    if "completion" in row:
-        prompt, completion = prompt_text(row), completion_text(row, "completion")
-        return Row("sft", prompt, [completion])
-    if "text" in row:
-        return Row("sft", None, [string(row, "text")])
-    if "prompt" in row:
-        return Row("prompt", prompt_text(row), [])
-    raise InputError(f"fields {sorted(row)} fit none of the formats {FORMATS}")
-
-
-def parse_pair(row: dict) -> Row:
-    """A preference pair in any of its three spellings."""
-    if "prompt" in row:
-        prompt = prompt_text(row)
-        replies = [completion_text(row, name) for name in ("chosen", "rejected")]
-    elif "instruction" in row:
-        given = string(row, "input") if row.get("input") else ""
-        prompt = ALPACA.format(
-            paired=", paired with an input that provides further context" if given else "",
-            instruction=string(row, "instruction"),
-            input=f"### Input:\n{given}\n\n" if given else "",
-        )
-        replies = [completion_text(row, name) for name in ("chosen", "rejected")]
-    else:  # HH-RLHF: two whole dialogues that share everything up to the last reply
-        cuts = [split_dialogue(row, name) for name in ("chosen", "rejected")]
-        if cuts[0][0] != cuts[1][0]:
-            raise Unusable("dialogues differ before the last Assistant turn")
-        prompt, replies = cuts[0][0], [reply for _, reply in cuts]
-    return Row("pair", prompt, replies)
-
-
-def parse_rewards(row: dict) -> Row:
-    """K completions and their rewards, or none yet."""
-    completions, rewards = row.get("completions"), row.get("rewards", [])
-    for name, value in (("completions", completions), ("rewards", rewards)):
-        if not isinstance(value, list):
-            raise InputError(f"field {name!r} must be a list, got {describe(value)}")
-    for text in completions:
-        if not isinstance(text, str):
-            raise InputError(f"a completion must be a string, got {describe(text)}")
-    if "rewards" not in row:  # as sample.py writes them: an empty one is a draw, too
-        return Row("samples", prompt_text(row), completions)
-    if len(completions) != len(rewards):
-        raise InputError(f"{len(completions)} completions but {len(rewards)} rewards")
-    for r in rewards:
-        if isinstance(r, bool) or not isinstance(r, int | float) or not abs(r) < 1e30:
-            raise InputError(f"a reward must be a finite number, got {describe(r)}")
-    return Row("rewards", prompt_text(row), completions, list(map(float, rewards)))
-
-
-def check_usable(row: Row, use: str) -> None:
-    """Raises Unusable where `use` finds nothing to learn from, or to score. A completion may be
-    empty where it is one of several draws: the end of text is scored."""
-    if use == "prompt":
-        return
-    choice = row.kind == "pair" or (row.kind == "rewards" and use == "preference")
-    if choice and len(set(row.completions)) < 2:
-        raise Unusable("fewer than two distinct completions")
-    if not row.completions:
-        raise Unusable("no completions")
-    if row.kind in ("pair", "sft") or use == "sft":
-        texts = row.completions if row.kind == "pair" else [row.completions[best_of(row)]]
-        if any(not text or text.isspace() for text in texts):
-            raise Unusable("an empty completion")
-
-
-def best_of(row: Row) -> int:
-    """The completion that sft imitates."""
-    return row.rewards.index(max(row.rewards)) if row.rewards else 0
-
-
-def string(row: dict, name: str) -> str:
-    if name not in row:
-        raise InputError(f"field {name!r} is missing; the row has {sorted(row)}")
-    if not isinstance(row[name], str):
-        raise InputError(f"field {name!r} must be a string, got {describe(row[name])}")
-    return row[name]
-
-
-def describe(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def render_turns(messages: list, name: str) -> str:
-    """[{role, content}, ...] -> "\\n\\nHuman: ...\\n\\nAssistant: ...", as HH-RLHF writes
-    dialogues."""
-    parts = []
-    for m in messages:
-        names = ("role", "content")
-        fits = isinstance(m, dict) and all(isinstance(m.get(name), str) for name in names)
-        fits = fits and m["role"] in TURNS
-        if not fits:
-            raise InputError(
-                f"field {name!r}: a message needs a role ({', '.join(TURNS)}) and a content, "
-                f"both strings, got {describe(m)}"
-            )
-        parts.append(f"{TURNS[m['role']]} {m['content']}")
-    return "".join(parts)
-
-
-def prompt_text(row: dict) -> str:
-    """The prompt; a list of messages ends with an open Assistant turn."""
-    if not isinstance(row.get("prompt"), list):
-        return string(row, "prompt")
-    return render_turns(row["prompt"], "prompt") + ASSISTANT
-
-
-def completion_text(row: dict, name: str) -> str:
-    """A completion; a list of messages begins with the assistant's, whose turn the prompt
-    opened."""
-    if not isinstance(row.get(name), list):
-        return string(row, name)
-    text = render_turns(row[name], name)
-    if not text.startswith(ASSISTANT):
-        raise InputError(f"field {name!r} must begin with an assistant message")
-    return text.removeprefix(ASSISTANT)
-
-
-def split_dialogue(row: dict, name: str) -> tuple[str, str]:
-    """A whole dialogue -> (text up to and with the last "\\n\\nAssistant:", the reply after it)."""
-    value = row.get(name)
-    text = render_turns(value, name) if isinstance(value, list) else string(row, name)
-    cut = text.rfind(ASSISTANT)
-    if cut < 0:
-        raise InputError(
-            f'field {name!r} has no "\\n\\nAssistant:" turn, and there is no field "prompt"'
-        )
-    cut += len(ASSISTANT)
-    return text[:cut], text[cut:]
-
-
-# ------------------------------------------------------------------------------
-# Files
-
-
-def file_kind(path: Path) -> str:
-    """The ending that says how to read a file; InputError for any other."""
-    kinds = (".jsonl", ".jsonl.gz", ".json", ".txt")
-    kind = next((k for k in kinds if path.name.endswith(k)), None)
-    if kind is None:
-        raise InputError(f"{path}: a data file must end in one of {', '.join(kinds)}")
-    return kind
-
-
-def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
-    """(place, JSON value) for each row of a .jsonl, .jsonl.gz, .json or .txt file; place is
-    file:line.
-
-    Blank lines are skipped; a .json file is a list, its rows counted from 1; a .txt file is one
-    {"text"}.
-    """
-    path = Path(path)
-    kind = file_kind(path)
-    number = 1
-    try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8-sig")
-            if kind.endswith("gz")
-            else open(path, encoding="utf-8-sig") as file
-        ):
-            if kind == ".txt":
-                yield str(path), {"text": file.read()}
-            elif kind == ".json":
-                rows = json.load(file)
-                if not isinstance(rows, list):
-                    raise InputError(f"{path}: a .json file must hold a list of rows")
-                yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows, 1))
-            else:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield f"{path}:{number}", json.loads(line)
-    except json.JSONDecodeError as error:
-        line = error.lineno if kind == ".json" else number
-        raise InputError(
-            f"{path}:{line}: broken JSON, {error.msg} (column {error.colno})"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: line {number} or later is not UTF-8 text") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: damaged gzip file ({error})") from error
-    except InputError:
-        raise
-    except (RecursionError, ValueError) as error:  # too deep, or a number of too many digits
-        raise InputError(f"{path}:{number}: broken JSON, {error}") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-@dataclasses.dataclass
-class Report:
-    """What reading did: rows seen, rows unusable by reason, groups shortened to fit block_size."""
-
-    rows: int = 0
-    unusable: Counter = dataclasses.field(default_factory=Counter)
-    cut_prompts: int = 0
-    cut_completions: int = 0
-
-    def __str__(self) -> str:
-        bad = sum(self.unusable.values())
-        text = f"{self.rows - bad} of {self.rows} rows usable"
-        if bad:
-            text += "; not: " + ", ".join(f"{n} {why}" for why, n in self.unusable.most_common())
-        if self.cut_prompts or self.cut_completions:
-            text += (
-                f"; cut to block_size: {self.cut_prompts} prompts from the left, "
-                f"{self.cut_completions} completions from the right"
-            )
-        return text
-
-
-WANTED = {  # what each use of a file accepts, and how the error names it
-    "preference": ({"pair", "rewards"}, "preference pairs or completions with rewards"),
-    "sft": ({"pair", "rewards", "sft"}, "text, or prompts with completions"),
-    "score": ({"pair", "rewards", "sft", "samples"}, "text, or prompts with completions"),
-    "prompt": ({"pair", "rewards", "sft", "samples", "prompt"}, "prompts"),
-}
-
-
-def read_files(paths: list, use: str, report: Report) -> Iterator[tuple[str, Row]]:
-    """(place, Row) of every usable row of every file, for one `use` of WANTED; the report counts
-    the rest."""
-    kinds, wanted = WANTED[use]
-    for path in paths:
-        before = report.rows
-        for place, value in read_rows(path):
-            report.rows += 1
-            try:
-                row = parse_row(value)
-            except Unusable as error:
-                report.unusable[str(error)] += 1
-                continue
-            except InputError as error:
-                raise InputError(f"{place}: {error}") from None
-            if row.kind not in kinds or (use == "prompt" and row.prompt is None):
-                raise InputError(f"{place}: expected {wanted}, got fields {sorted(value)}")
-            try:
-                check_usable(row, use)
-            except Unusable as error:
-                report.unusable[str(error)] += 1
-                continue
-            yield place, row
-        if report.rows == before:
-            raise InputError(f"{path}: the file is empty")
-
-
 # ------------------------------------------------------------------------------
 # Groups: token ids in flat arrays
 
 
-DTYPES = {
-    "tokens": np.int32,
-    "offsets": np.int64,
-    "first": np.int64,
-    "ended": np.bool_,
-    "rewards": np.float64,
-}
-
-
-@dataclasses.dataclass
+@dataclass
 class Groups:
     """G groups in flat arrays, so that a hundred thousand cost no Python objects and slices are
-    views. The arrays may be read-only maps of files.
+    views.
 
     Segment s is tokens[offsets[s]:offsets[s + 1]]. Group g owns the segments from first[g], its
     prompt (never empty), up to first[g + 1]; those after the prompt are its completions.
@@ -462,6 +101,9 @@ class Groups:
     ended: np.ndarray  # (M,): the completion is followed by end-of-text (False: it was cut)
     rewards: np.ndarray  # (M,), NaN for prompts and where only an order is known
     eot: int
+    places: list[str] = field(default_factory=list)  # (G,) file:line, for what is said of a group
+    log_target: np.ndarray | None = None  # (M,) log p of each completion, by set_targets
+    ref_logps: np.ndarray | None = None  # (M,) log sft of each completion; inf: not asked yet
 
     def __len__(self) -> int:
         return len(self.first) - 1
@@ -488,34 +130,31 @@ class Groups:
         """(G,) tokens of each group, its prompt counted once."""
         return self.offsets[self.first[1:]] - self.offsets[self.first[:-1]]
 
+    def lengths(self) -> np.ndarray:
+        """(M,) scored tokens of each completion, its end of text among them."""
+        return np.diff(self.offsets) + self.ended
+
+    def is_completion(self) -> np.ndarray:
+        """(M,) bool: False for prompts."""
+        out = np.ones(len(self.ended), bool)
+        out[self.first[:-1]] = False
+        return out
+
     def is_pair(self) -> np.ndarray:
         """(G,) bool: True for a preference pair, which has an order and no rewards."""
         return np.isnan(self.rewards[self.first[:-1] + 1])
 
-    def digest(self) -> str:
-        """Names what a model scores here: two Groups with the same digest get the same log-probs,
-        in the same places. Rewards do not count."""
-        sha = hashlib.sha256(
-            repr((self.eot, len(self.tokens), len(self.ended), len(self))).encode()
-        )
-        for name in ("tokens", "offsets", "first", "ended"):
-            sha.update(np.ascontiguousarray(getattr(self, name), DTYPES[name]))
-        return sha.hexdigest()
-
 
 class Builder:
-    """Collects groups, cut to block_size, and writes the flat arrays as they are made: to a folder,
-    or to memory."""
+    """Collects groups, cut to block_size, and joins them into flat arrays."""
 
-    def __init__(self, block_size: int, eot: int, report: Report, folder: Path | None = None):
-        self.block_size, self.eot, self.report, self.folder = block_size, eot, report, folder
-        self.memory = {name: io.BytesIO() for name in DTYPES}
-        self.n_tokens = self.n_segments = self.n_groups = 0
-        self.segments, self.first, self.ended, self.rewards = [], [], [], []  # not yet written
+    def __init__(self, block_size: int, eot: int, report: Report):
+        self.block_size, self.eot, self.report = block_size, eot, report
+        self.segments: list[np.ndarray] = []  # prompts and completions in order
+        self.first, self.ended, self.rewards, self.places = [0], [], [], []  # as in Groups
         self.text = np.array([eot], np.int32)  # running text that fills no block yet
-        self.write(offsets=[0], first=[0])
 
-    def add(self, prompt, completions: list, rewards=None, ended=True) -> bool:
+    def add(self, prompt, completions: list, rewards=None, ended=True, place: str = "") -> bool:
         """Add a group of token ids (lists or int32 arrays); False if cutting left fewer distinct
         completions than a choice needs.
 
@@ -533,54 +172,37 @@ class Builder:
         whole = [n <= room for n in lengths]
         self.report.cut_prompts += len(prompt) > keep
         self.report.cut_completions += whole.count(False)
-        self.put(prompt[-keep:], cut, [ended and w for w in whole], rewards)
+        self.put(prompt[-keep:], cut, [ended and w for w in whole], rewards, place)
         return True
 
-    def put(self, prompt, completions: list, ended: list[bool], rewards=None) -> None:
+    def put(self, prompt, completions: list, ended: list[bool], rewards=None, place="") -> None:
         """Add a group as it is: drawn completions fit already, and equal ones are two draws."""
         self.segments += [np.asarray(ids, np.int32) for ids in (prompt, *completions)]
-        self.n_segments += 1 + len(completions)
-        self.n_groups += 1
-        self.first.append(self.n_segments)
+        self.first.append(len(self.segments))
+        self.places.append(place)
         self.ended += [False, *ended]
         self.rewards += [math.nan, *(rewards or [math.nan] * len(completions))]
-        if len(self.segments) >= 4096:
-            self.flush()
 
-    def add_text(self, text: np.ndarray, last: bool = False) -> None:
+    def add_text(self, text: np.ndarray, last: bool = False, place: str = "") -> None:
         """Add running text in blocks, in each of which every token is predicted once, after its
         predecessor. What fills no block waits for more text, unless this is the last."""
         text, step = np.concatenate([self.text, text]), self.block_size - 1
         stop = len(text) - 1 if last else (len(text) - 1) // step * step
         for start in range(0, stop, step):
             block = text[start : start + step + 1]
-            self.add(block[:1], [block[1:]], ended=False)
+            self.add(block[:1], [block[1:]], ended=False, place=place)
         self.text = text[stop:].copy()  # a view would keep the whole text alive
 
-    def flush(self) -> None:
-        if self.segments:
-            offsets = self.n_tokens + np.cumsum([len(x) for x in self.segments])
-            self.n_tokens = offsets[-1]
-            tokens = np.concatenate(self.segments)
-            self.write(tokens, offsets, self.first, self.ended, self.rewards)
-            self.segments, self.first, self.ended, self.rewards = [], [], [], []
-
-    def write(self, tokens=(), offsets=(), first=(), ended=(), rewards=()) -> None:
-        parts = (tokens, offsets, first, ended, rewards)
-        for (name, dtype), part in zip(DTYPES.items(), parts, strict=True):
-            part = np.asarray(part, dtype)
-            if self.folder:
-                with open(self.folder / name, "ab") as file:
-                    file.write(part)
-            else:
-                self.memory[name].write(part)
-
     def groups(self) -> Groups:
-        self.flush()
-        if self.folder:
-            return map_groups(self.folder, self.eot)
-        arrays = (np.frombuffer(self.memory[name].getbuffer(), t) for name, t in DTYPES.items())
-        return Groups(*arrays, self.eot)
+        return Groups(
+            tokens=np.concatenate([np.empty(0, np.int32), *self.segments]),
+            offsets=np.cumsum([0, *map(len, self.segments)]),
+            first=np.array(self.first),
+            ended=np.array(self.ended, np.bool_),
+            rewards=np.array(self.rewards, np.float64),
+            eot=self.eot,
+            places=self.places,
+        )
 
 
 def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
@@ -592,116 +214,50 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
 
 
 def read_groups(
-    paths: list,
-    encoding: tiktoken.Encoding,
-    block_size: int,
-    use: str = "preference",
-    cache: str | Path | None = None,
+    paths: list, encoding: tiktoken.Encoding, block_size: int, use: str = "preference"
 ) -> tuple[Groups, Report]:
     """All usable rows of the files as groups, in file order, and what was left out.
 
     use: `preference` (pairs, or completions with rewards), `sft` (K = 1: the completion, the
-    chosen, or the one with the highest reward; running text in blocks), `prompt` (K = 0). cache: a
-    folder that keeps the arrays, memory-mapped: a corpus may exceed memory, and the next call with
-    the same content, tokenizer, block_size and use finds them there. Raises InputError for a file
-    or row that cannot be read, if nothing is usable, or for a cache that cannot be written.
+    chosen, or the one with the highest reward; running text in blocks), `prompt` (K = 0). Raises
+    InputError for a file or row that cannot be read, or if nothing is usable.
     """
     if block_size < 2:
         raise InputError(f"block_size must be at least 2, got {block_size}")
-    build = functools.partial(build_groups, paths, encoding, block_size, use)
-    if cache is None:
-        return build()
-    store = Path(cache) / store_key(paths, encoding, block_size, use)
-    return open_store(store, encoding.eot_token) or build_store(store, build)
-
-
-def build_groups(
-    paths: list, encoding: tiktoken.Encoding, block_size: int, use: str, folder: Path | None = None
-) -> tuple[Groups, Report]:
-    """read_groups without a cache; folder: an empty one for the arrays, instead of memory."""
     report = Report()
-    builder = Builder(block_size, encoding.eot_token, report, folder)
-    ids = functools.partial(encode, encoding)  # in this thread: two took 1.4 times the CPU time for
-    # the same wall time, passing the GIL around
-    for _, row in read_files(paths, use, report):
+    builder = Builder(block_size, encoding.eot_token, report)
+
+    def ids(text: str) -> np.ndarray:  # in this thread: two pass the GIL around for nothing
+        return encode(encoding, text)
+
+    for place, row in read_files(paths, use, report):
         if use == "prompt":
-            builder.add(ids(row.prompt), [])
+            builder.add(ids(row.prompt), [], place=place)
         elif use == "preference":
-            builder.add(ids(row.prompt), [ids(text) for text in row.completions], row.rewards)
+            ys = [ids(text) for text in row.completions]
+            builder.add(ids(row.prompt), ys, row.rewards, place=place)
         else:
             best = ids(row.completions[best_of(row)])
             if row.prompt is None:
-                builder.add_text(np.append(best, np.int32(encoding.eot_token)))
+                builder.add_text(np.append(best, np.int32(encoding.eot_token)), place=place)
             else:
-                builder.add(ids(row.prompt), [best])
-    builder.add_text(np.empty(0, np.int32), last=True)
-    if not builder.n_groups:
+                builder.add(ids(row.prompt), [best], place=place)
+    builder.add_text(np.empty(0, np.int32), last=True, place="the end of all texts")
+    if not builder.segments:
         names = ", ".join(map(str, paths))
         raise InputError(f"{names}: nothing usable ({report})")
     return builder.groups(), report
 
 
-# ------------------------------------------------------------------------------
-# Stores: groups in a folder, one raw file an array, and a header to check them by
-
-
-STORE_VERSION = 1  # part of every key: raise it when the arrays of the same files would change
-
-
-def store_key(paths: list, encoding: tiktoken.Encoding, block_size: int, use: str) -> str:
-    """Says what the arrays are made of: contents, not names or places, of files and tokenizer."""
-    vocabulary = (encoding.name, encoding._pat_str, encoding._special_tokens)
-    words = sorted(encoding._mergeable_ranks.items())
-    files = [(file_kind(path), file_sha256(path)) for path in map(Path, paths)]
-    made_of = (STORE_VERSION, vocabulary, words, block_size, use, files)
-    return hashlib.sha256(repr(made_of).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def map_groups(folder: Path, eot: int) -> Groups:
-    return Groups(*(np.memmap(folder / name, t, "r") for name, t in DTYPES.items()), eot)
-
-
-def open_store(store: Path, eot: int) -> tuple[Groups, Report] | None:
-    """The groups and report of a finished store; None if there is none, or a damaged one."""
-    try:
-        header = json.loads((store / "header.json").read_text())
-        if header["sha256"] != {name: file_sha256(store / name) for name in DTYPES}:
-            return None
-        report = Report(**header["report"] | {"unusable": Counter(header["report"]["unusable"])})
-        return map_groups(store, eot), report
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def build_store(store: Path, build: Callable) -> tuple[Groups, Report]:
-    """build(folder=...) in a new folder, renamed to `store` when complete: whoever opens `store`
-    sees all of it or nothing. A killed process leaves its folder `tmp*` behind."""
-    try:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=store.parent) as temporary:
-            folder = Path(temporary) / "store"
-            folder.mkdir()
-            groups, report = build(folder=folder)
-            header = {
-                "report": vars(report),
-                "sha256": {name: file_sha256(folder / name) for name in DTYPES},
-            }
-            (folder / "header.json").write_text(json.dumps(header, indent=2) + "\n")
-            if open_store(store, groups.eot) is None:
-                shutil.rmtree(store, ignore_errors=True)  # damaged
-            with contextlib.suppress(OSError):  # another process was quicker: its store will do,
-                folder.rename(store)  # and our arrays stay mapped, even once deleted
-            return groups, report
-    except OSError as error:
-        raise InputError(f"cannot write to {store.parent}: {error.strerror or error}") from error
+def set_targets(groups: Groups, beta_r: float = 1.0, label_smoothing: float = 0.0) -> None:
+    """Fill groups.log_target: the label's for pairs, the rewards' for the others. Softmaxed here
+    once, so that no loss has to look whether it is finite."""
+    segment, mask = groups.grid(np.arange(len(groups)))
+    rewards = torch.from_numpy(groups.rewards[segment])
+    target = exo.reward_target(rewards, beta_r, torch.from_numpy(mask))
+    target[torch.from_numpy(groups.is_pair()), :2] = exo.preference_target(label_smoothing)
+    groups.log_target = np.zeros(len(groups.rewards))
+    groups.log_target[segment[mask]] = target.numpy()[mask]
 
 
 # ------------------------------------------------------------------------------
@@ -724,9 +280,14 @@ class Batch(NamedTuple):
     scored: torch.Tensor  # (B, K, T) bool: True where a cell holds a scored token
     mask: torch.Tensor  # (B, K) bool: True where a completion exists
     segment: torch.Tensor  # (B, K) its row in arrays kept beside the Groups (0 where absent)
+    log_target: torch.Tensor  # (B, K) log p, 0 where absent or not set
+    ref_logps: torch.Tensor  # (B, K) log sft, 0 where absent or not asked for
 
-    def to(self, device, non_blocking: bool = False) -> "Batch":
-        return Batch(*(x.to(device, non_blocking=non_blocking) for x in self))
+    def to(self, device, dtype=None, non_blocking: bool = False) -> "Batch":
+        """dtype: of the numbers among them, which are float64 (None: stay it)."""
+        kinds = (dtype if x.is_floating_point() else None for x in self)
+        moved = zip(self, kinds, strict=True)
+        return Batch(*(x.to(device, kind, non_blocking=non_blocking) for x, kind in moved))
 
 
 def ragged_arange(lengths: np.ndarray) -> np.ndarray:
@@ -770,12 +331,26 @@ def collate(groups: Groups, ids: np.ndarray, round_to: int = 1) -> Batch:
     home[:n_prefix], home[n_prefix:n] = row * P + col, B * P + c_row * T + c_col
     cells = np.full(B * P + B * K * T, L - 1, np.int64)
     cells[home[:n]] = np.arange(n)
-    scored = np.arange(T) < inputs[:, :, None]
-    arrays = (
-        *(idx, pos, targets, cells[: B * P].reshape(B, P), cells[B * P :].reshape(B, K, T), home),
-        *(prefix_len, scored, mask, segment),
-    )
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
+    arrays = {
+        "idx": idx,
+        "pos": pos,
+        "targets": targets,
+        "prefix_cells": cells[: B * P].reshape(B, P),
+        "cells": cells[B * P :].reshape(B, K, T),
+        "home": home,
+        "prefix_len": prefix_len,
+        "scored": np.arange(T) < inputs[:, :, None],
+        "mask": mask,
+        "segment": segment,
+        "log_target": beside(groups.log_target, segment, mask),
+        "ref_logps": beside(groups.ref_logps, segment, mask),
+    }
+    return Batch(**{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()})
+
+
+def beside(values: np.ndarray | None, segment: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(B, K) of what is kept for each completion (M,); 0 where there is none."""
+    return np.zeros(mask.shape) if values is None else np.where(mask, values[segment], 0.0)
 
 
 def epoch_batches(groups: Groups, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -793,3 +368,28 @@ def epoch_batches(groups: Groups, batch_size: int, seed: int, epoch: int) -> lis
         pool = pool[np.argsort(sizes[pool], kind="stable")]
         batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class Epochs:
+    """Batches of these groups, one epoch after the other: `batch(i)` are the groups of the i-th."""
+
+    def __init__(self, groups: Groups, batch_size: int, seed: int):
+        self.groups, self.batch_size, self.seed = groups, batch_size, seed
+        self.n_batches = math.ceil(len(groups) / batch_size)
+        self.epoch, self.batches = -1, []  # the one that was asked for last
+
+    def batch(self, i: int) -> np.ndarray:
+        epoch, place = divmod(i, self.n_batches)
+        if self.epoch != epoch:
+            self.epoch = epoch
+            self.batches = epoch_batches(self.groups, self.batch_size, self.seed, epoch)
+        return self.batches[place]
+
+    def first(self, n: int) -> np.ndarray:
+        """All groups that the first n batches hold."""
+        return np.unique(np.concatenate([self.batch(i) for i in range(min(n, self.n_batches))]))
+
+
+def evenly_spaced(n: int, at_most: int) -> np.ndarray:
+    """Up to `at_most` of the numbers below n, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, at_most).round().astype(int))

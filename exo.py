@@ -32,6 +32,7 @@ Nothing here is random, and nothing is written in place.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +95,13 @@ def policy_and_target(
     * beta_pi)) / Z.
     """
     _check_positive("beta_pi", beta_pi)
-    assert mask is None or mask.shape == policy_logps.shape
+    shape = tuple(policy_logps.shape)
+    if len(shape) != 2:
+        raise ValueError(f"log-probs must be (B, K): prompts x completions, got {shape}")
+    if ref_logps.requires_grad:
+        raise ValueError("ref_logps want no gradient: compute them under torch.no_grad()")
+    if mask is not None and mask.shape != policy_logps.shape:
+        raise ValueError(f"mask is {tuple(mask.shape)}, log-probs are {shape}")
     log_q = masked_log_softmax(beta_pi * (policy_logps - ref_logps.to(policy_logps)), mask)
     log_p = masked_log_softmax(log_target.to(policy_logps).expand_as(policy_logps), mask)
     return log_q, log_p
@@ -131,12 +138,13 @@ def exo_loss(
     With reward_target it is the paper's exo-rw; with preference_target (K = 2) exo-pref, its Eq.
     16. policy_logps, ref_logps: (B, K) log pi(y|x) and log sft(y|x). log_target: (B, K) or (1, K).
     mask: (B, K) bool, True where a completion exists. Returns a scalar in policy_logps' dtype.
-    Raises ValueError if the target gives a present completion probability 0 (the KL would be
-    infinite). The gradient in log pi is beta_pi * q * (log q - log p - KL): it vanishes where q is
-    already certain, also where it is certain and wrong, in contrast to DPO's beta_pi * (q - p).
+    Raises ValueError, on the CPU (a GPU would have to wait), if the target gives a present
+    completion probability 0: the KL would be infinite. The gradient in log pi is beta_pi * q *
+    (log q - log p - KL): it vanishes where q is already certain, also where it is certain and
+    wrong, in contrast to DPO's beta_pi * (q - p).
     """
     log_q, log_p = policy_and_target(policy_logps, ref_logps, log_target, beta_pi, mask)
-    if not torch.isfinite(log_p).all():
+    if log_p.device.type == "cpu" and not torch.isfinite(log_p).all():
         raise ValueError(
             "EXO needs a target above 0 for every completion: at 0 the reverse KL is infinite "
             "(for pairs, use label_smoothing > 0, for instance 1e-3)"
@@ -162,10 +170,26 @@ def dpo_loss(
     return group_mean(kl(log_p, log_q) + entropy(log_p), mask)
 
 
-LOSSES = {
-    "exo": exo_loss,
-    "dpo": dpo_loss,
-}  # what --loss takes: a new loss is a function and an entry
+@dataclass(frozen=True)
+class Needs:
+    """What a loss wants of training beyond the five arguments that both losses above take."""
+
+    label_smoothing: float = 0.0  # where --label_smoothing is not given
+    smooth_labels: bool = False  # refuses label_smoothing = 0
+    on_policy: bool = False  # with --online, see completions through the snapshot (below)
+    pairs: bool = False  # refuses rows with rewards
+    reference: bool = True  # False: ref_logps are 0, and nothing is computed for them
+    lengths: bool = False  # wants lengths=(B, K), the tokens of each completion, end of text too
+
+
+# The preference stages: `python train.py NAME` minimises LOSSES[NAME]. A new loss is a function and
+# an entry; one that needs more than the five arguments also says so in NEEDS.
+LOSSES = {"exo": exo_loss, "dpo": dpo_loss}
+NEEDS = {exo_loss: Needs(label_smoothing=1e-3, smooth_labels=True, on_policy=True)}
+
+
+def needs(name: str) -> Needs:
+    return NEEDS.get(LOSSES[name], Needs())
 
 
 def group_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -235,6 +259,21 @@ def reward_model_loss(
     return (nll.masked_fill(~better, 0.0).sum(dim=(1, 2)) / count).mean()
 
 
+def preferred(log_target: Tensor, mask: Tensor) -> Tensor:
+    """(B, K, K) bool: True where both completions are there and the first has the higher target."""
+    both = mask[:, :, None] & mask[:, None, :]
+    return (log_target[:, :, None] > log_target[:, None, :]) & both
+
+
+def accuracy(scores: Tensor, log_target: Tensor, mask: Tensor) -> Tensor:
+    """Of all pairs in a group with unlike targets, the share that scores (B, K) order alike; a tie
+    is half."""
+    better = preferred(log_target, mask)
+    gap = scores[:, :, None] - scores[:, None, :]
+    right = (gap > 0).to(scores) + (gap == 0).to(scores) / 2
+    return (right * better).sum() / better.sum().clamp(min=1)
+
+
 def kl_estimates(policy_logps: Tensor, ref_logps: Tensor) -> dict[str, Tensor]:
     """Per-draw estimates of KL(pi || ref) in nats from y ~ pi, each shaped like policy_logps.
 
@@ -244,74 +283,6 @@ def kl_estimates(policy_logps: Tensor, ref_logps: Tensor) -> dict[str, Tensor]:
     """
     k1 = policy_logps - ref_logps
     return {"k1": k1, "k2": k1.square() / 2, "k3": k1 + torch.expm1(-k1)}
-
-
-# ------------------------------------------------------------------------------
-# PPO, the baseline: one decision per token, tensors (..., T); `scored` is True where a token is
-
-
-def gae(
-    rewards: Tensor, values: Tensor, scored: Tensor, gamma: float = 1.0, lam: float = 0.95
-) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates (Schulman et al. 2016, arXiv:1506.02438) and the returns that
-    the values should predict; both (..., T), 0 where nothing is scored.
-
-    values[t] is the value before token t is chosen; tokens are right padded, and the value after
-    the last one is 0, also where a text was cut.
-    """
-    advantages = []
-    following = running = torch.zeros_like(values[..., 0])  # value and advantage one token later
-    for t in reversed(range(values.size(-1))):
-        error = rewards[..., t] + gamma * following - values[..., t]
-        running = torch.where(scored[..., t], error + gamma * lam * running, 0.0)
-        following = torch.where(scored[..., t], values[..., t], 0.0)
-        advantages.append(running)
-    advantages = torch.stack(advantages[::-1], dim=-1)
-    return advantages, torch.where(scored, advantages + values, 0.0)
-
-
-def whiten(x: Tensor, scored: Tensor) -> Tensor:
-    """x shifted and scaled to mean 0 and variance 1 over the scored tokens; 0 elsewhere."""
-    mean, var = x[scored].mean(), x[scored].var(correction=0)
-    return torch.where(scored, (x - mean) * (var + 1e-8).rsqrt(), 0.0)
-
-
-def ppo_loss(
-    logps: Tensor,
-    values: Tensor,
-    old_logps: Tensor,
-    old_values: Tensor,
-    advantages: Tensor,
-    returns: Tensor,
-    scored: Tensor,
-    clip: float = 0.2,
-    value_clip: float = 0.2,
-    value_coef: float = 0.5,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's loss (Schulman et al. 2017, arXiv:1707.06347, Eq. 7 and 9 without entropy), a mean over
-    scored tokens, and its figures, detached.
-
-    logps, values: per token, with gradient; old_*: the same when the texts were drawn. The ratio of
-    probabilities, and how far a value moves, stop paying off beyond 1 ± clip and ± value_clip.
-    """
-    n = scored.sum().clamp(min=1)
-
-    def mean(x: Tensor) -> Tensor:
-        return x.masked_fill(~scored, 0.0).sum() / n
-
-    change = logps - old_logps
-    ratio = change.exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    policy = mean(-torch.minimum(ratio * advantages, clipped * advantages))
-    near = old_values + (values - old_values).clamp(-value_clip, value_clip)
-    value = mean(torch.maximum((values - returns).square(), (near - returns).square())) / 2
-    figures = {
-        "policy_loss": policy,
-        "value_loss": value,
-        "clip_fraction": mean(((ratio - 1).abs() > clip).to(ratio)),
-        "approx_kl": mean(torch.expm1(change) - change),  # KL(old || new), from draws of old
-    }
-    return policy + value_coef * value, {k: v.detach() for k, v in figures.items()}
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -18,13 +18,8 @@ predicts completion + [end of text]. Padding is on the right, positions are per 
 always sees at least itself.
 """
 
-import copy
-import importlib.util
-import json
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -251,24 +246,6 @@ class GPT(nn.Module):
         """Features (..., C) -> logits (..., V)."""
         return F.linear(x, self.wte.weight)
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, vocab_size: int | None = None) -> "GPT":
-        """A Hugging Face GPT-2 folder -> model in float32; no network, no `transformers`.
-
-        vocab_size keeps the first so many words of a padded vocabulary (None: all). Raises
-        ValueError with one sentence for a folder that is not GPT-2, computes something else, or
-        lacks tensors.
-        """
-        return load_pretrained(cls, Path(folder), vocab_size)
-
-    def save_pretrained(self, folder: str | Path, eot: int | None = None, **extra) -> None:
-        """Write config.json and the weights as `transformers` reads them.
-
-        eot: id of end-of-text. extra: more entries of config.json, which `transformers` keeps and
-        does not use. Raises OSError where the folder cannot be written.
-        """
-        write_pretrained(self, Path(folder), eot, extra)
-
     def forward(self, idx: Tensor) -> Tensor:
         """idx (B, T), T <= block_size -> logits (B, T, V), always. The plain way; training uses
         Scorer."""
@@ -302,47 +279,47 @@ class GPT(nn.Module):
         block_size.
         """
         self._check_generate(prompts, max_new_tokens, temperature, top_k)
+        cache, idx, pos = self.read_prompts(prompts, n, max_new_tokens)
+        rows, device = len(idx), idx.device
+        if uniform is None:
+            where = generator.device if generator is not None else "cpu"
+            uniform = torch.rand((rows, max_new_tokens), generator=generator, device=where)
+        uniform = uniform.T.to(device)
+        weight = self.wte.weight  # of the head, in the dtype that is multiplied in: cast once
+        weight = weight.to(compute_dtype(weight) if weight.is_cuda else weight.dtype)
+
+        out = idx.new_zeros(max_new_tokens, rows)
+        alive = torch.arange(rows, device=device)  # where in `out` each row of the cache belongs
+        ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        for t in range(max_new_tokens):
+            x = self.hidden(idx[:, None], pos[:, None], cache)[:, 0]
+            idx = draw(wide_logits(x.to(weight), weight), uniform[t], temperature, top_k)
+            out[t].index_copy_(0, alive, idx)
+            pos = pos + 1
+            if eot is None:
+                continue
+            ended |= idx == eot
+            if t % 16 == 15 and ended.any():  # they leave now and then: no sync per token
+                keep = (~ended).nonzero()[:, 0]
+                if not len(keep):
+                    break
+                cache.select(keep)
+                idx, pos, alive, ended = idx[keep], pos[keep], alive[keep], ended[keep]
+                uniform = uniform[:, keep]
+        return [row[: row.index(eot) + 1] if eot in row else row for row in out.T.tolist()]
+
+    def read_prompts(self, prompts: list[list[int]], n: int, new: int):
+        """(cache with the prefix of each prompt, n rows each; last token and its position)."""
         device = self.wte.weight.device
         prefix_len = torch.tensor([len(p) - 1 for p in prompts], device=device)
         P = max(len(p) for p in prompts) - 1
-        cache = Cache(self.config, prefix_len, P + max_new_tokens, compute_dtype(self.wte.weight))
+        cache = Cache(self.config, prefix_len, P + new, compute_dtype(self.wte.weight))
         if P:
             prefix = torch.tensor([p[:-1] + [0] * (P - len(p) + 1) for p in prompts], device=device)
             self.hidden(prefix, torch.arange(P, device=device).expand_as(prefix), cache)
-
         rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
         cache.select(rows)
-        idx = torch.tensor([p[-1] for p in prompts], device=device)[rows]
-        pos = prefix_len[rows]
-        if uniform is None:
-            where = generator.device if generator is not None else "cpu"
-            shape = len(rows), max_new_tokens
-            uniform = torch.rand(shape, generator=generator, device=where)
-        uniform = uniform.T.to(device)
-
-        out = idx.new_zeros(max_new_tokens, len(rows))
-        alive = torch.arange(
-            len(rows), device=device
-        )  # where in `out` each row of the cache belongs
-        ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        head = repeated_head(self, len(rows))
-        for t in range(max_new_tokens):
-            x = self.hidden(idx[:, None], pos[:, None], cache)[:, 0]
-            idx = draw(head(x), uniform[t], temperature, top_k)
-            out[t].index_copy_(0, alive, idx)
-            pos = pos + 1
-            if eot is not None:
-                ended |= idx == eot
-                if (
-                    t % 16 == 15 and ended.any()
-                ):  # finished rows leave now and then: no sync per token
-                    keep = (~ended).nonzero()[:, 0]
-                    if not len(keep):
-                        break
-                    cache.select(keep)
-                    idx, pos, alive, ended = idx[keep], pos[keep], alive[keep], ended[keep]
-                    uniform = uniform[:, keep]
-        return [row[: row.index(eot) + 1] if eot in row else row for row in out.T.tolist()]
+        return cache, torch.tensor([p[-1] for p in prompts], device=device)[rows], prefix_len[rows]
 
     def _check_generate(self, prompts, max_new_tokens, temperature, top_k) -> None:
         if not prompts or not all(prompts):
@@ -363,23 +340,6 @@ class GPT(nn.Module):
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
 
 
-def repeated_head(gpt: GPT, rows: int):
-    """gpt.head, to be called for token after token with about so many rows.
-
-    A CPU's matmul of few rows with a large matrix spends most of its time bringing the matrix into
-    the order it wants; oneDNN can keep that order. (The operators are torch's own, made for its
-    compiler; where they are missing, nothing is kept.)
-    """
-    weight, ops = gpt.wte.weight.detach(), torch.ops.mkldnn
-    plain = compute_dtype(weight) == weight.dtype == torch.float32
-    large = weight.numel() >= 2**20 and rows >= 4
-    on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if not (plain and large and on_cpu and hasattr(ops, "_reorder_linear_weight")):
-        return gpt.head
-    packed = ops._reorder_linear_weight(weight, rows)
-    return lambda x: ops._linear_pointwise(x, packed, None, "none", [], "")
-
-
 def draw(
     logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None
 ) -> Tensor:
@@ -390,19 +350,36 @@ def draw(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    cdf = logits - logits.amax(dim=-1, keepdim=True)  # from here on in place: one buffer a token
+    logits = logits.to(wide(logits.dtype))
+    top = logits.amax(dim=-1, keepdim=True)
+    cdf = logits - top  # from here on in place: one buffer a token
     if temperature != 1:
         cdf.div_(temperature)
+    least = None
     if top_k is not None and top_k < logits.size(-1):
-        cdf.masked_fill_(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        least = logits.topk(top_k).values[:, -1:]
+        cdf.masked_fill_(logits < least, -torch.inf)
     cdf.exp_().cumsum_(dim=-1)
     total = cdf[:, -1:].contiguous()
     idx = torch.searchsorted(cdf, uniform[:, None].to(cdf) * total, right=True)
-    last = torch.searchsorted(
-        cdf, total
-    )  # rounding may reach the total: stay on a token that can be drawn
-    return torch.minimum(idx, last)[:, 0]
+    last = torch.searchsorted(cdf, total)  # rounding may reach the total
+    idx = torch.minimum(idx, last)
+    if logits.device.type != "cpu":  # whose sums are made one by one, and never fall
+        idx = only_possible(idx, logits, top, temperature, least)
+    return idx[:, 0]
+
+
+def only_possible(
+    idx: Tensor, logits: Tensor, top: Tensor, temperature: float, least: Tensor | None
+) -> Tensor:
+    """idx (N, 1), with the likeliest token in place of one that has probability 0. A sum made in
+    parallel need not rise from token to token, and a search in it may end anywhere."""
+    own = logits.gather(1, idx.clamp(max=logits.size(-1) - 1))
+    possible = ((own - top) / temperature).exp() > 0
+    possible &= idx < logits.size(-1)
+    if least is not None:
+        possible &= own >= least
+    return torch.where(possible, idx, logits.argmax(dim=-1, keepdim=True))
 
 
 # ------------------------------------------------------------------------------
@@ -442,43 +419,6 @@ class ScalarHead(nn.Module):
         return (x * self.weight).sum(dim=-1) + self.bias
 
 
-class RewardModel(nn.Module):
-    """The trunk, and a scalar head read at the last token of each completion (InstructGPT,
-    arXiv:2203.02155). Needs no LM head.
-
-    What the model must see has to be in the batch's completions: data ends them in an end-of-text
-    that is read, where a policy's is only predicted (train.to_rate). The preference loss knows
-    differences alone, so the bias is not trained but set (train.Reward.center).
-    """
-
-    def __init__(self, gpt: GPT):
-        super().__init__()
-        self.gpt, self.head = gpt, ScalarHead(gpt.config.n_embd)
-        self.head.bias.requires_grad_(False)
-
-    def forward(self, batch) -> Tensor:
-        """-> (B, K), exactly 0 where no completion is."""
-        rewards = to_cells(self.head(packed_hidden(self.gpt, batch)), batch)
-        last = (batch.scored.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-        return rewards.gather(-1, last)[..., 0]
-
-
-class ActorCritic(nn.Module):
-    """PPO's two networks in one module. The value network has a trunk of its own, a copy of the
-    policy's at the start, so that its large early errors do not pass through the policy."""
-
-    def __init__(self, gpt: GPT, temperature: float = 1.0):
-        super().__init__()
-        self.policy, self.critic = Scorer(gpt, temperature), copy.deepcopy(gpt)
-        self.value = ScalarHead(gpt.config.n_embd)
-
-    def forward(self, batch) -> tuple[Tensor, Tensor]:
-        """-> log pi of every completion token, and the value of the text before it; both (B, K, T),
-        exactly 0 where nothing is scored."""
-        values = to_cells(self.value(packed_hidden(self.critic, batch)), batch)
-        return self.policy(batch), values
-
-
 def to_cells(x: Tensor, batch) -> Tensor:
     """A number per completion token (S,) -> (B, K, T), exactly 0 where nothing is scored."""
     first = batch.prefix_cells.numel()
@@ -511,17 +451,30 @@ def token_logps(x: Tensor, weight: Tensor, targets: Tensor, temperature: float =
     """log softmax(x W^T / temperature)[target]: features (S, C), W (V, C), targets (S,) -> (S,),
     float32 or float64.
 
-    Large vocabularies go through ChunkedLogps, which never holds S * V logits; small ones through
-    autograd.
+    Large vocabularies, and factors in bfloat16, go through ChunkedLogps, which never holds S * V
+    logits; the others through autograd.
     """
     dtype = compute_dtype(weight)
     x = x if temperature == 1 else x / temperature  # C numbers a row instead of V
     x, weight = x.to(dtype), weight.to(dtype)
-    if len(targets) * len(weight) > chunk_size(x.device):
+    if len(targets) * len(weight) > chunk_size(x.device) or dtype != wide(dtype):
         return ChunkedLogps.apply(x, weight, targets)
     logits = F.linear(x, weight)
-    logits = logits.to(torch.promote_types(dtype, torch.float32))
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def wide_logits(x: Tensor, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """x W^T (S, V) in float32 at least, whatever the factors are: GPT-2's logits lie near -80,
+    where bfloat16 has steps of a half. buffer: of S * V numbers, to write to."""
+    shape, kind = (len(x), len(weight)), wide(x.dtype)
+    if x.is_cuda and x.dtype != kind:
+        return torch.mm(x, weight.T, out_dtype=kind)
+    out = x.new_empty(shape, dtype=kind) if buffer is None else buffer.view(shape)
+    return torch.mm(x.to(kind), weight.T.to(kind), out=out)  # with `out` autocast leaves it alone
 
 
 def chunk_size(device: torch.device) -> int:
@@ -532,7 +485,7 @@ class ChunkedLogps(torch.autograd.Function):
     """token_logps by parts of the vocabulary, one after the other in the same small buffer: the
     forward pass keeps each row's logsumexp (updated part by part), the backward pass computes the
     logits again and writes each part of W's gradient once. Inputs come in autocast's dtype already,
-    so both passes multiply in it; sums are float32 at least."""
+    so both passes multiply in it; logits and sums are float32 at least."""
 
     @staticmethod
     def parts(x: Tensor, weight: Tensor, targets: Tensor):
@@ -540,26 +493,23 @@ class ChunkedLogps(torch.autograd.Function):
         target, whether the target is in this part)."""
         words = min(max(1, chunk_size(x.device) // len(x)), len(weight))
         words -= words % 64 if words > 64 else 0  # whole tiles of a GPU's matmul
-        buffer = x.new_empty(len(x) * words)
+        buffer = x.new_empty(len(x) * words, dtype=wide(x.dtype))
         for start in range(0, len(weight), words):
             part = slice(start, min(start + words, len(weight)))
             n = part.stop - start
-            logits = torch.mm(x, weight[part].T, out=buffer[: len(x) * n].view(len(x), n))
+            logits = wide_logits(x, weight[part], buffer[: len(x) * n])
             column = targets - start
             inside = (column >= 0) & (column < n)
-            wide = torch.promote_types(x.dtype, torch.float32)
-            yield part, logits.to(wide), column.clamp(0, n - 1)[:, None], inside[:, None]
+            yield part, logits, column.clamp(0, n - 1)[:, None], inside[:, None]
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        top = x.new_full((len(x), 1), -torch.inf, dtype=wide)  # largest logit so far
+        top = x.new_full((len(x), 1), -torch.inf, dtype=wide(x.dtype))  # largest logit so far
         total, picked = torch.zeros_like(top), torch.zeros_like(top)  # sum of exp(logit - top)
         for _, logits, column, inside in ChunkedLogps.parts(x, weight, targets):
             picked = torch.where(inside, logits.gather(1, column), picked)
             before, top = top, torch.maximum(top, logits.amax(dim=1, keepdim=True))
             total = total * (before - top).exp() + logits.sub_(top).exp_().sum(1, keepdim=True)
-            del logits  # or a part in float32 would outlive the making of the next
         lse = top + total.log()
         ctx.save_for_backward(x, weight, targets, lse)
         return (picked - lse)[:, 0]
@@ -577,196 +527,4 @@ class ChunkedLogps(torch.autograd.Function):
             d = d.to(x.dtype)
             dx -= d @ weight[part]
             torch.mm(d.T, gx, out=dw[part])
-            del logits, d
         return (dx * grad).to(x.dtype), dw.neg_(), None
-
-
-def forward_flops(config: GPTConfig, tokens: int, seen: int, scored: int) -> int:
-    """Matmul FLOPs of a forward pass: `tokens` through the trunk, `seen` (query, key) pairs,
-    `scored` tokens through the head."""
-    trunk = 24 * config.n_layer * config.n_embd**2  # qkv 6, projection 2, MLP 16
-    pair = 4 * config.n_layer * config.n_embd  # its score, and its value's share
-    return trunk * tokens + pair * seen + 2 * config.n_embd * config.vocab_size * scored
-
-
-# ------------------------------------------------------------------------------
-# Hugging Face GPT-2 folders, in and out. Their tensor names are ours, save that some files put
-# "transformer." in front; their block matrices are stored input-first (Conv1D), ours output-first.
-
-WEIGHT_FILES = (  # in order of preference; an index names the shards
-    *("model.safetensors", "model.safetensors.index.json"),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-UNUSED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # causal masks, and wte once more
-SIZES = {  # ours: theirs
-    "block_size": "n_positions",
-    **{name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
-}
-COMPUTED = {  # what this GPT computes, the default first; a folder that says otherwise is refused
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
-
-
-def read_object(path: Path) -> dict:
-    """A JSON object from a file. Raises ValueError with one sentence."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}")
-    return value
-
-
-def pretrained_config(folder: Path) -> dict:
-    """config.json of a Hugging Face folder, refused (ValueError) unless this file computes that
-    model. Dropout rates and reorder_and_upcast_attn do not change what is computed."""
-    config = read_object(folder / "config.json")
-    kind = config.get("model_type")
-    if kind != "gpt2":
-        raise ValueError(f"{folder} is not GPT-2: config.json has model_type {json.dumps(kind)}")
-    for name, values in COMPUTED.items():
-        value = config.get(name, values[0])
-        if value not in values:
-            raise ValueError(
-                f"{folder}: {name} is {json.dumps(value)}, "
-                f"this GPT has {' or '.join(map(json.dumps, values))}"
-            )
-    for name in SIZES.values():
-        if type(config.get(name, 1)) is not int:
-            raise ValueError(f"{folder}: {name} must be an integer, got {config[name]!r}")
-    width = config.get("n_embd", GPTConfig.n_embd)
-    if config.get("n_inner") not in (None, 4 * width):
-        raise ValueError(
-            f"{folder}: n_inner is {config['n_inner']}, this GPT has 4 n_embd = {4 * width}"
-        )
-    return config
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face folder by their names there. Raises ValueError with one
-    sentence."""
-    there = [name for name in WEIGHT_FILES if (folder / name).is_file()]
-    if not there:
-        raise ValueError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)}")
-    if importlib.util.find_spec("safetensors") is None:
-        bins = [name for name in there if name.startswith("pytorch_model.bin")]
-        if not bins:
-            raise ValueError(f"{folder / there[0]} needs a package: pip install safetensors")
-        there = bins
-    if not there[0].endswith(".index.json"):
-        return read_tensors(folder / there[0])
-    shards = read_object(folder / there[0]).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
-        raise ValueError(f"{folder / there[0]} has no weight_map from tensors to files")
-    tensors = {}
-    for name in sorted(set(shards.values())):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{folder / there[0]} names the file {name!r}, which is not there")
-        tensors |= read_tensors(folder / name)
-    return tensors
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """One .safetensors or .bin file. Raises ValueError with one sentence."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(x, Tensor) for x in tensors.values()):
-            raise TypeError("it must hold tensors by name")
-        return tensors
-    except Exception as error:  # whatever a damaged or foreign file makes the readers raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot read {path}: {reason}") from error
-
-
-def load_pretrained(cls: type[GPT], folder: Path, vocab_size: int | None = None) -> GPT:
-    """What GPT.from_pretrained says."""
-    theirs = pretrained_config(folder)
-    try:
-        config = GPTConfig(**{ours: theirs[t] for ours, t in SIZES.items() if t in theirs})
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    words = config.vocab_size if vocab_size is None else vocab_size
-    if words > config.vocab_size:
-        raise ValueError(f"{folder} has a vocabulary of {config.vocab_size}, not of {words}")
-    tensors = {
-        name.removeprefix("transformer."): x
-        for name, x in read_weights(folder).items()
-        if not name.endswith(UNUSED)
-    }
-    with torch.device("meta"):  # shapes only: nothing is drawn to be overwritten
-        gpt = cls(config)
-    wanted, state = gpt.state_dict(), {}
-    for name in sorted(wanted.keys() - tensors.keys()):
-        raise ValueError(f"{folder} lacks the tensor {name}")
-    for name in sorted(tensors.keys() - wanted.keys()):
-        raise ValueError(f"{folder} has a tensor {name}, which GPT-2 of its config.json has not")
-    for name, like in wanted.items():
-        x = tensors.pop(name)
-        x = x.T if name.endswith(CONV1D) and x.dim() == 2 else x
-        if x.shape != like.shape or not x.is_floating_point():
-            raise ValueError(
-                f"{folder}: {name} is {list(x.shape)} of {x.dtype}, expected {list(like.shape)} "
-                "of floats (as the model holds it)"
-            )
-        x = x[:words] if name == "wte.weight" else x
-        state[name] = x.float().contiguous()
-    if words != config.vocab_size:
-        config = GPTConfig(**vars(config) | {"vocab_size": words})
-        with torch.device("meta"):
-            gpt = cls(config)
-    gpt.load_state_dict(state, assign=True)
-    return gpt
-
-
-def write_pretrained(gpt: GPT, folder: Path, eot: int | None, extra: dict) -> None:
-    """What GPT.save_pretrained says. config.json comes last: without it the folder is nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        f"transformer.{name}": (x.T if name.endswith(CONV1D) else x).detach().cpu().contiguous()
-        for name, x in gpt.state_dict().items()
-    }
-    config = {
-        **{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
-        **{theirs: getattr(gpt.config, ours) for ours, theirs in SIZES.items()},
-        **{name: values[0] for name, values in COMPUTED.items()},
-        **{"n_ctx": gpt.config.block_size, "n_inner": None, "reorder_and_upcast_attn": False},
-        **{"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
-        **{"bos_token_id": eot, "eos_token_id": eot},
-        **{"torch_dtype": str(gpt.wte.weight.dtype).removeprefix("torch."), **extra},
-    }
-    if importlib.util.find_spec("safetensors") is not None:
-        from safetensors.torch import save_file
-
-        name, write = "model.safetensors", lambda path: save_file(state, path, {"format": "pt"})
-    else:
-        name, write = "pytorch_model.bin", lambda path: torch.save(state, path)
-    put(folder / name, write)
-    for other in WEIGHT_FILES:  # transformers would prefer some of them to what we wrote
-        if other != name:
-            (folder / other).unlink(missing_ok=True)
-    text = json.dumps(config, indent=2) + "\n"
-    put(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def put(path: Path, write) -> None:
-    """write(temporary path), then move it to `path`, which is thus never half written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors leaves a file that its owner alone can read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -52,6 +52,7 @@ import torch
 import train
 from experiments.contestants import CONTESTANTS, Cell
 from experiments.peers import SIZES
+from infra.rows import InputError, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 AXES = ("size", "prompt", "K", "threads", "dtype")
@@ -247,7 +248,7 @@ def find_peers(given: str | None) -> str | None:
         if subprocess.run([given or sys.executable, "-c", test], check=False).returncode == 0:
             return given or sys.executable
     if given:
-        raise train.InputError(f"--peers {given}: not a Python that has trl and transformers")
+        raise InputError(f"--peers {given}: not a Python that has trl and transformers")
     print(
         "no peers: `pip install trl transformers` into another environment, give its --peers PYTHON"
     )
@@ -280,10 +281,10 @@ def main(argv: list[str] | None = None) -> int:
         for c in cells(args):
             rows.append(measure(c, python))
             print(line(rows[-1]), flush=True)
-            train.write_json(path, report(args, rows, {}))  # a stopped run keeps what it has
+            write_json(path, report(args, rows, {}))  # a stopped run keeps what it has
         grown = scaling(args) if wanted("scaling", args) else {}
-        train.write_json(path, report(args, rows, grown))
-    except (train.InputError, OSError) as error:
+        write_json(path, report(args, rows, grown))
+    except (InputError, OSError) as error:
         print(f"experiments.bench: {error}", file=sys.stderr)
         return 2
     print(f"{path}: {len(rows)} rows")

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from infra.rows import replacing
+
 # --------------------------------------------------------------------------------------------------
 # Rows: one dict per policy
 
@@ -41,10 +43,9 @@ def stat(rows: list[dict], name: str, **where) -> tuple[float, float]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Whole or not at all: a run that is stopped leaves no half file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, allow_nan=False))
-    temporary.replace(path)
+    """Compact, and whole or not at all. Raises InputError where the disk says no."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,10 +23,20 @@ import torch.nn.functional as F
 
 import exo
 import train
-from data import Builder, Groups, Report, collate, epoch_batches, get_encoding, read_groups
+from data import (
+    Builder,
+    Groups,
+    Report,
+    collate,
+    epoch_batches,
+    get_encoding,
+    read_groups,
+    set_targets,
+)
 from experiments import peers
 from experiments.peers import NEW_TOKENS
-from model import GPT, GPTConfig, Scorer, Tree, forward_flops
+from infra.parallel import autocast, pick_device
+from model import GPT, GPTConfig, Tree
 
 
 @dataclass(frozen=True)
@@ -52,16 +62,10 @@ class Cell:
 # Training
 
 
-class Step(train.Preference):
-    """train.Preference without its files: what train.update needs of a task."""
-
-    def __init__(self, gpt: GPT, groups: Groups, s: train.Settings, device: torch.device):
-        self.s, self.device, self.gpt, self.groups = s, device, gpt, groups
-        self.temperature, self.scorer = 1.0, Scorer(gpt)
-        self.module = torch.compile(self.scorer) if s.compile else self.scorer
-        self.loss_fn = exo.LOSSES[s.loss]
-        self.log_target = train.log_targets(groups, s.beta_r, s.label_smoothing).to(device)
-        self.ref_logps = train.score(self.scorer, groups, s, device).to(device)
+def make_stage(gpt: GPT, groups: Groups, s: train.Settings, device: torch.device):
+    """train.Preference without its files."""
+    policy = train.Policy(gpt, "bytes", get_encoding("bytes"), 1.0, device)
+    return train.Preference(s, policy, groups, None)
 
 
 def train_setup(c: Cell) -> tuple[GPT, Groups, train.Settings, torch.device]:
@@ -69,7 +73,7 @@ def train_setup(c: Cell) -> tuple[GPT, Groups, train.Settings, torch.device]:
         "exo", data=["-"], init="-", beta_pi=peers.BETA, label_smoothing=peers.EPS,
         batch_size=c.batch, dtype=c.dtype, compile=c.compile,
     )  # fmt: skip
-    device = train.pick_device(None)
+    device = pick_device(None)
     builder = Builder(c.prompt + c.longest, 0, Report())
     for prompt, completions, rewards in peers.make_rows(c):
         builder.add(prompt, completions, rewards, ended=False)
@@ -83,17 +87,17 @@ def make_gpt(c: Cell, block_size: int, device) -> GPT:
 
 def train_ours(c: Cell) -> dict:
     gpt, groups, s, device = train_setup(c)
-    task, optimizer = Step(gpt, groups, s, device), train.adamw(gpt, s, peers.RATE)
+    stage, optimizer = make_stage(gpt, groups, s, device), train.adamw(gpt, s, peers.RATE)
     batches = epoch_batches(groups, c.batch, 0, 0)
 
     def step(i: int):
-        return train.update(s, task, optimizer, batches[i], peers.RATE)[0]
+        return train.update(s, stage, optimizer, batches[i], peers.RATE)[0]
 
     loss = step(0).item()
     for i in range(1, len(batches) if c.compile else 0):
         step(i)  # every shape compiles once
     result = timed(c, step, c.batch, device) | {"first_loss": loss}
-    flops = [task.flops(collate(groups, ids)) for ids in batches]
+    flops = [train_flops(gpt.config, collate(groups, ids)) for ids in batches]
     return result | limit(result["lap_s"], flops, c, device)
 
 
@@ -101,7 +105,8 @@ def train_naive(c: Cell) -> dict:
     gpt, groups, s, device = train_setup(c)
     ref = make_gpt(c, c.prompt + c.longest, device).requires_grad_(False)
     optimizer = train.adamw(gpt, s, peers.RATE)
-    log_target = train.log_targets(groups, s.beta_r, s.label_smoothing).to(device)
+    set_targets(groups, s.beta_r, s.label_smoothing)
+    log_target = torch.from_numpy(groups.log_target).to(device)
 
     def step(i: int):
         loss = naive_loss(gpt, ref, groups, range(i * c.batch, (i + 1) * c.batch), log_target, s)
@@ -127,7 +132,7 @@ def naive_loss(gpt: GPT, ref: GPT, groups: Groups, ids, log_target, s):
     idx, scored = idx.to(device), scored.to(device)
 
     def logps(model: GPT):
-        with train.autocast(s, device):
+        with autocast(s.dtype, device):
             log_probs = F.log_softmax(model(idx)[:, :-1].float(), dim=-1)
         each = log_probs.gather(-1, idx[:, 1:, None])[..., 0] * scored[:, 1:]
         return each.sum(-1).view(len(ids), -1)
@@ -135,7 +140,7 @@ def naive_loss(gpt: GPT, ref: GPT, groups: Groups, ids, log_target, s):
     with torch.no_grad():
         ref_logps = logps(ref)
     segment = groups.grid(np.array(ids))[0]
-    return exo.LOSSES[s.loss](logps(gpt), ref_logps, log_target[segment], s.beta_pi)
+    return exo.LOSSES[s.stage](logps(gpt), ref_logps, log_target[segment], s.beta_pi)
 
 
 # ------------------------------------------------------------------------------
@@ -143,7 +148,7 @@ def naive_loss(gpt: GPT, ref: GPT, groups: Groups, ids, log_target, s):
 
 
 def sample_setup(c: Cell):
-    device = train.pick_device(None)
+    device = pick_device(None)
     gpt = make_gpt(c, c.prompt + NEW_TOKENS, device).eval()
     prompts = np.random.default_rng(1).integers(2, gpt.config.vocab_size, (c.batch, c.prompt))
     return gpt, prompts.tolist(), device
@@ -235,6 +240,22 @@ def load_naive(c: Cell) -> dict:
 
 # ------------------------------------------------------------------------------
 # The limit
+
+
+def forward_flops(config: GPTConfig, tokens: int, seen: int, scored: int) -> int:
+    """Matmul FLOPs of a forward pass: `tokens` through the trunk, `seen` (query, key) pairs,
+    `scored` tokens through the head."""
+    trunk = 24 * config.n_layer * config.n_embd**2  # qkv 6, projection 2, MLP 16
+    pair = 4 * config.n_layer * config.n_embd  # its score, and its value's share
+    return trunk * tokens + pair * seen + 2 * config.n_embd * config.vocab_size * scored
+
+
+def train_flops(config: GPTConfig, batch) -> int:
+    """Of a step on this batch: the backward pass is twice the forward."""
+    P, n = batch.prefix_len, batch.scored.sum(-1)  # (B,), (B, K) tokens read = scored
+    seen = (P * (P + 1) // 2).sum() + (n * P[:, None] + n * (n + 1) // 2).sum()
+    tokens = (P.sum() + n.sum()).item()
+    return 3 * forward_flops(config, tokens, seen.item(), n.sum().item())
 
 
 def sample_flops(config: GPTConfig, batch: int, prompt: int, new: int = NEW_TOKENS) -> int:

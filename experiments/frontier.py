@@ -4,7 +4,6 @@ The text world: oracle reward against KL(pi || sft) of every method, by the stag
     python -m experiments.frontier --quick      one seed, three betas: the smallest that shows it
     python -m experiments.frontier              the matrix below (FULL)
     python -m experiments.frontier --tune       where LEARNING_RATE is from
-    python -m experiments.frontier --corpus FILE --lexicon FILE      the same on real text
 
 Each writes results.json, table.md, samples.md and figures.
 
@@ -38,7 +37,7 @@ Choices and simplifications:
   the highest share of what the optimum gains in oracle reward - beta KL, mean over betas and
   rewards. It tries RATES, and LADDER beyond them while the best is the first or the last. One seed:
   differences of a few hundredths there are noise. A narrower model's rate is larger by as much as
-  it is narrower. QUICK and real text take the same.
+  it is narrower. QUICK takes the same.
 - Each seed has its own data, sft, labels and reward models. Standard errors are over seeds.
 - All policies are judged on the first clauses of the same held-out reviews, with the same uniform
   numbers. Some of these clauses occur in other reviews too.
@@ -79,7 +78,6 @@ class Matrix:
     efficiency: tuple = ("exo-pref", "dpo-pref")
     efficiency_rewards: tuple = ("sentiment",)
     # how
-    source: str = ""  # of real text: a hash of its files
     encoding: str = "experiments.reviews:encoding"
     n_embd: int = 48
     n_layer: int = 2
@@ -103,7 +101,6 @@ class Matrix:
 REWARDS = {
     "sentiment": "experiments.reviews:sentiment",
     "conviction": "experiments.reviews:conviction",
-    "lexicon": "experiments.frontier_corpus:lexicon",
 }
 METHODS = {  # name: (stage, what it learns from)
     "exo-pref": ("exo", "pairs"),
@@ -195,8 +192,6 @@ def plan(matrix: Matrix) -> dict[str, Piece]:
     for name in WHICH:
         del how[name]
     how["made_with"] = [VERSION, SMOOTHING, PPO_EPOCHS, BEST_OF, OPTIMUM_BETAS]
-    if not matrix.source:
-        del how["source"]
     pieces: dict[str, Piece] = {}
 
     def add(name: str, make: str, needs: tuple = (), **spec) -> str:
@@ -269,7 +264,7 @@ def work(out: Path, piece: Piece, key: str) -> str:
     import torch
 
     from experiments.frontier_stages import MAKERS
-    from train import make_folder, write_json
+    from infra.rows import make_folder, write_json
 
     start = time.perf_counter()
     torch.set_num_threads(1)  # the sums, and so the last bits, would depend on it
@@ -375,43 +370,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="one seed, three betas, minutes")
     parser.add_argument("--tune", action="store_true", help="each method at each of RATES")
-    parser.add_argument("--out", type=Path, help="folder (out/frontier; -quick, -tune, -corpus)")
+    parser.add_argument("--out", type=Path, help="folder (out/frontier; -quick, -tune)")
     parser.add_argument("--seeds", type=int, help="number of seeds (3; --quick: 1)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--rewards", nargs="+", metavar="NAME", help="sentiment, conviction")
     parser.add_argument("--report", action="store_true", help="of the pieces there are; no work")
-    parser.add_argument("--corpus", type=Path, metavar="FILE", help='real text: rows with "text"')
-    parser.add_argument("--lexicon", type=Path, metavar="FILE", help="word TAB valence lines")
     args = parser.parse_args(argv)
     for name in ("seeds", "jobs"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
-    if args.tune and (args.quick or args.corpus):
-        parser.error("--tune goes with neither --quick nor --corpus")
-    if bool(args.corpus) != bool(args.lexicon):
-        parser.error("give --corpus and --lexicon together")
-    for path in filter(None, (args.corpus, args.lexicon)):
-        if not path.is_file():
-            parser.error(f"there is no file {path}")
-    known = ["lexicon"] if args.corpus else ["sentiment", "conviction"]
+    if args.tune and args.quick:
+        parser.error("--tune does not go with --quick")
     for name in args.rewards or []:
-        if name not in known:
-            parser.error(f"unknown reward {name!r}: choose from {', '.join(known)}")
+        if name not in REWARDS:
+            parser.error(f"unknown reward {name!r}: choose from {', '.join(REWARDS)}")
     return args
 
 
 def settings(args: argparse.Namespace) -> tuple[Path, Matrix]:
     """The folder and the matrix that the flags ask for."""
     matrix, name = TUNE if args.tune else QUICK if args.quick else FULL, "frontier"
-    if args.corpus:
-        from experiments import frontier_corpus
-
-        # workers and stages find the files there: a reward's name has no room for them
-        os.environ[frontier_corpus.CORPUS] = str(args.corpus.resolve())
-        os.environ[frontier_corpus.LEXICON] = str(args.lexicon.resolve())
-        matrix = frontier_corpus.matrix(matrix)
-        name += "-corpus"
     matrix = replace(matrix, seeds=args.seeds or matrix.seeds)
     if args.rewards:
         chosen = tuple((name, betas) for name, betas in matrix.betas if name in args.rewards)

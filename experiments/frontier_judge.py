@@ -9,21 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import train
 from data import get_encoding
 from experiments import frontier_measure as measure
 from experiments import reviews
 from experiments.frontier import REWARDS
-from experiments.frontier_corpus import SHOWN
+from methods.reward import load_reward
 
 CPU = torch.device("cpu")
 JUDGE_SEED = 22  # of the draws that are judged
 DENSITY = 512  # completions of one prompt whose density ratio is told
-
-
-def from_grammar(spec: dict) -> bool:
-    """Whether the texts are those of reviews.py, and not somebody's corpus."""
-    return spec["encoding"].startswith("experiments.reviews")
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -37,12 +31,12 @@ class Judges:
     def __init__(self, out: Path, spec: dict):
         self.spec = spec
         labels = f"labels-{spec['reward']}-s{spec['seed']}-w{spec['n_embd']}"
-        self.rewards = {"oracle": train.load_reward(REWARDS[spec["reward"]], CPU)}
+        self.rewards = {"oracle": load_reward(REWARDS[spec["reward"]], CPU)}
         self.held = {"oracle": dict(np.load(out / "runs" / labels / "rewards.npz"))}
         if spec["rm"]:
             # all policies by the model of all pairs, also those that learned from fewer
             whole = f"rm-{spec['reward']}-s{spec['seed']}"
-            self.rewards["rm"] = train.load_reward(str(out / "runs" / whole), CPU)
+            self.rewards["rm"] = load_reward(str(out / "runs" / whole), CPU)
             self.held["rm"] = dict(np.load(out / "runs" / whole / "rewards.npz"))
         pairs = read_rows(out / "runs" / labels / "judge-pairs.jsonl")
         self.prompts = [r["prompt"] for r in read_rows(out / "runs" / spec["sft"] / "judge.jsonl")]
@@ -70,12 +64,12 @@ class Judges:
             out |= self.wins(judge, values)
         return out
 
-    def draw(self, gpt, encoding: str, prompts: list[str] | None = None, parts: int = 1):
-        """Completions of the held-out prompts (or others), and what each judge gives them:
-        (Draws, {judge: (P, n)}). parts: n is so many times smaller."""
+    def draw(self, gpt, encoding: str, parts: int = 1):
+        """Completions of the held-out prompts, and what each judge gives them: (Draws, {judge:
+        (P, n)}). parts: n is so many times smaller."""
         n = max(1, self.spec["judged"][1] // parts)
         seed = 1000 * self.spec["seed"] + JUDGE_SEED
-        drawn = measure.draw(gpt, encoding, prompts or self.prompts, n, self.spec["new"], seed)
+        drawn = measure.draw(gpt, encoding, self.prompts, n, self.spec["new"], seed)
         return drawn, {name: drawn.rate(reward) for name, reward in self.rewards.items()}
 
     def judge(self, gpt, sft, draws) -> dict:
@@ -88,17 +82,14 @@ class Judges:
             row[name], row[f"{name}_stderr"] = measure.mean_stderr(whole)
         texts = [y for ys in drawn.texts for y in ys]
         row["distinct"] = len(set(texts)) / len(texts)
-        if from_grammar(self.spec):
-            odds = [reviews.log_odds(p + y) for p, y in zip(*drawn.flat(), strict=True)]
-            whole = [x for x in odds if x is not None]
-            row["producible"] = len(whole) / len(odds)
-            row["praise"] = sum(x > 0 for x in whole) / max(1, len(whole))
+        odds = [reviews.log_odds(p + y) for p, y in zip(*drawn.flat(), strict=True)]
+        whole = [x for x in odds if x is not None]
+        row["producible"] = len(whole) / len(odds)
+        row["praise"] = sum(x > 0 for x in whole) / max(1, len(whole))
         return row
 
-    def samples(self, gpt, encoding: str, draws) -> list[dict]:
+    def samples(self, draws) -> list[dict]:
         """The best, a middling and the worst completion by the oracle, and the first one drawn."""
-        if not from_grammar(self.spec):
-            draws = self.draw(gpt, encoding, list(SHOWN))
         drawn, rated = draws
         prompts, texts = drawn.flat()
         order = np.argsort(rated["oracle"].flatten(), kind="stable")

@@ -45,7 +45,7 @@ class Draws(NamedTuple):
         return [p for p, _ in pairs], [y for _, y in pairs]
 
     def rate(self, reward) -> np.ndarray:
-        """(P, n) by a function as train.load_reward gives it."""
+        """(P, n) by a function as load_reward gives it."""
         ended = self.groups.ended[self.groups.grid(np.arange(len(self.prompts)))[0]]
         values = reward(*self.flat(), ended.flatten().tolist())
         return values.numpy().reshape(len(self.prompts), -1)

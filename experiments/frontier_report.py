@@ -29,7 +29,7 @@ from experiments.frontier import (
     load_piece,
 )
 from experiments.frontier_measure import at_kl
-from train import write_json
+from infra.rows import write_json
 
 QUANTITIES = {  # columns of the table
     "oracle": "oracle reward",

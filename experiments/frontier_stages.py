@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 
 import train
-from data import InputError
 from experiments import frontier_measure as measure
 from experiments import reviews
 from experiments.frontier import (
@@ -34,8 +33,10 @@ from experiments.frontier import (
     REWARDS,
     SMOOTHING,
 )
-from experiments.frontier_corpus import corpus_rows
-from experiments.frontier_judge import CPU, JUDGE_SEED, Judges, density, from_grammar, read_rows
+from experiments.frontier_judge import CPU, JUDGE_SEED, Judges, density, read_rows
+from infra.checkpoint import load_gpt
+from infra.rows import InputError, replacing
+from methods.reward import load_reward
 
 SFT_SEED, POOL_SEED, LABEL_SEED = 11, 33, 44  # which draws these are
 HELD_OUT = 500  # rows beside the training rows
@@ -43,13 +44,13 @@ HELD_OUT = 500  # rows beside the training rows
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with train.replacing(path) as temporary:
+    with replacing(path) as temporary:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         temporary.write_text(text, encoding="utf-8")
 
 
 def save_arrays(path: Path, **arrays) -> None:
-    with train.replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
 
@@ -87,13 +88,7 @@ def stage(out: Path, argv: list) -> None:
 def make_sft(out: Path, name: str, spec: dict) -> dict:
     folder, n, seed = out / "runs" / name, spec["sft_rows"], spec["seed"]
     # seeds read different reviews, and widths the same
-    if from_grammar(spec):
-        rows = reviews.rows(n + HELD_OUT, seed)
-    else:
-        rows = corpus_rows(n + HELD_OUT, seed)
-    if len(rows) < spec["prompts"] + HELD_OUT:
-        few, need = len(rows), spec["prompts"] + HELD_OUT
-        raise InputError(f"the corpus has {few} usable sentences, give one with {need} or more")
+    rows = reviews.rows(n + HELD_OUT, seed)
     held = rows[-HELD_OUT:]
     write_rows(folder / "sft.jsonl", rows[:-HELD_OUT])
     write_rows(folder / "held_out.jsonl", held)
@@ -105,7 +100,7 @@ def make_sft(out: Path, name: str, spec: dict) -> dict:
     argv += ["--init_std", spec["n_embd"] ** -0.5]
     stage(folder, [*argv, "--eval_interval", max(1, iters // 4)])
 
-    gpt, ckpt = train.load_gpt(folder)
+    gpt, ckpt = load_gpt(folder)
     rng = random.Random(seed)
     P, n_judged = spec["prompts"], spec["judged"][0]
     prompts = [row["prompt"] for row in rng.sample(rows[:-HELD_OUT], P)]
@@ -148,7 +143,7 @@ def bradley_terry(rows: list[dict], rewards: np.ndarray, seed: int) -> list[dict
 
 
 def make_labels(out: Path, name: str, spec: dict) -> dict:
-    folder, oracle = out / "runs" / name, train.load_reward(REWARDS[spec["reward"]], CPU)
+    folder, oracle = out / "runs" / name, load_reward(REWARDS[spec["reward"]], CPU)
     arrays = {}
     for what in ("train", "judge", "pool"):
         rows = read_rows(out / "runs" / spec["sft"] / f"{what}.jsonl")
@@ -187,7 +182,7 @@ def make_rm(out: Path, name: str, spec: dict) -> dict:
     argv += ["--eval_data", labels / "judge-pairs.jsonl", "--max_iters", iters]
     argv += ["--batch_size", size, "--learning_rate", spec["rate"]]
     stage(folder, [*argv, "--eval_interval", iters, "--seed", spec["seed"]])
-    reward, arrays = train.load_reward(str(folder), CPU), {}
+    reward, arrays = load_reward(str(folder), CPU), {}
     held = np.load(labels / "rewards.npz")
     for what in ("train", "judge", "pool"):
         rows = read_rows(out / "runs" / spec["sft"] / f"{what}.jsonl")
@@ -228,10 +223,10 @@ def make_limits(out: Path, _: str, spec: dict) -> dict:
         ],
         "best_of_n": [],
     }
-    sft, ckpt = train.load_gpt(out / "runs" / spec["sft"])
+    sft, ckpt = load_gpt(out / "runs" / spec["sft"])
     draws = judges.draw(sft, ckpt["encoding"])
     result["sft"] = judges.judge(sft, sft, draws)
-    result["samples"] = judges.samples(sft, ckpt["encoding"], draws)
+    result["samples"] = judges.samples(draws)
     for method, name in (("best-of-n", "rm"), ("best-of-n-oracle", "oracle")):
         if name in judges.held:
             score = judges.held[name]["pool"]
@@ -280,37 +275,42 @@ def policy_argv(out: Path, spec: dict) -> list:
 
 
 @contextlib.contextmanager
-def watched(argv: list, look, steps):
-    """The stage that argv asks for also writes what look(gpt, step) says at its evaluations."""
-    table, name = (vars(train), "Online") if "--online" in argv else (train.TASKS, argv[0])
-    kind = table[name]
+def watched(look, steps):
+    """The stage that runs meanwhile also writes what look(gpt, step) says at its evaluations."""
+    make = train.make_stage
 
-    class Watched(kind):
-        def evaluate(self, step: int) -> dict:
-            found = {"judged": look(self.gpt, step)} if step in steps else {}
-            return super().evaluate(step) | found
+    def make_watched(*args):
+        stage = make(*args)
+        evaluate = stage.evaluate
 
-    table[name] = Watched
+        def evaluate_and_look(step: int) -> dict:
+            found = {"judged": look(stage.policy.gpt, step)} if step in steps else {}
+            return evaluate(step) | found
+
+        stage.evaluate = evaluate_and_look
+        return stage
+
+    train.make_stage = make_watched
     try:
         yield
     finally:
-        table[name] = kind
+        train.make_stage = make
 
 
 def make_policy(out: Path, name: str, spec: dict) -> dict:
     folder, argv = out / "runs" / name, policy_argv(out, spec)
     judges = Judges(out, spec)
-    sft, ckpt = train.load_gpt(out / "runs" / spec["sft"])
+    sft, ckpt = load_gpt(out / "runs" / spec["sft"])
 
     def look(gpt, step: int) -> dict:
         """Between the first step and the last, half of the final judgement."""
         return judges.judge(gpt, sft, judges.draw(gpt, ckpt["encoding"], parts=2))
 
-    with watched(argv, look, range(1, policy_steps(spec))):
+    with watched(look, range(1, policy_steps(spec))):
         stage(folder, argv)
-    gpt, _ = train.load_gpt(folder)
+    gpt, _ = load_gpt(folder)
     draws = judges.draw(gpt, ckpt["encoding"])
-    result = {"samples": judges.samples(gpt, ckpt["encoding"], draws), "path": []}
+    result = {"samples": judges.samples(draws), "path": []}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         if "judged" in record:

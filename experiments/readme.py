@@ -7,7 +7,6 @@ tests/test_readme.py fails while the two disagree.
 """
 
 import functools
-import itertools
 import json
 import re
 import statistics
@@ -18,7 +17,6 @@ import torch
 from exo import dpo_loss, exo_loss, preference_target
 from experiments.common import distinct, mean_se, only
 from experiments.frontier import CALIBRATION
-from experiments.frontier_report import marked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -225,7 +223,9 @@ def pull() -> str:
     for name, loss, eps in (("EXO", exo_loss, 1e-3), ("DPO", dpo_loss, 0.0)):
         margin = torch.tensor(-8.0, dtype=torch.float64, requires_grad=True)
         pair = torch.stack([margin, torch.zeros_like(margin)])[None]
-        (slope,) = torch.autograd.grad(loss(pair, 0 * pair, preference_target(eps)), margin)
+        (slope,) = torch.autograd.grad(
+            loss(pair, torch.zeros_like(pair), preference_target(eps)), margin
+        )
         slopes[name] = abs(slope.item())
     return (
         "*Where a pair is undecided EXO pulls harder. But one on which the policy is confidently\n"
@@ -323,9 +323,9 @@ def seeded(row: dict, name: str, all_seeds: int) -> str:
     return f"{row[name]:.2f}{error}{few}"
 
 
-def text_world(reward: str, folder: str = "frontier") -> str:
+def text_world(reward: str) -> str:
     """Oracle reward read off each method's frontier at each KL, and the highest that it reached."""
-    done, out = read(f"{folder}/results.json"), []
+    done, out = read("frontier/results.json"), []
     rows = {(r["method"], r["kl"]): r for r in done["matched"] if r["reward"] == reward}
     budgets = sorted({kl for _, kl in rows})
     ends = {row["method"]: row for row in done["reach"] if row["reward"] == reward}
@@ -414,38 +414,6 @@ def text_wins(reward: str, budget: float) -> str:
     return markdown([f"{reward}, KL {budget:g}", *names], out)
 
 
-SHOWN = ("sft", "exo-pref", "dpo-pref", "exo-online", "dpo-online", "ppo")
-
-
-def imdb_samples() -> str:
-    """What policies write after prompts of our own: best, middling and worst of a draw."""
-    done, out = read("imdb/results.json"), []
-    ((_, betas),) = done["settings"]["matrix"]["betas"]
-    for method, which in itertools.product(SHOWN, ("best", "middle", "worst")):
-        for row in only(done["samples"], method=method, which=which):
-            if row["beta"] in (None, betas[len(betas) // 2]):
-                out.append([f"{method}, {which}", f"{row['oracle']:+.1f}", marked(row)])
-    head = ["", "reward", "prompt and **completion**"]
-    lines = [head, ["---", "---:", "---"], *out]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def memory() -> str:
-    """What fits where: GB of a training step without and with gradient checkpointing."""
-    out, rows = [], read("memory/results.json")["rows"]
-    for plain, checkpointed in zip(rows[::2], rows[1::2], strict=True):
-        fixed = sum(plain[k] for k in ("weights", "gradients", "optimizer"))
-        name = f"{plain['size']}, {plain['parameters'] / 1e6:,.0f}M, K = {plain['K']}"
-        cells = [name, f"{plain['weights']:.1f}", f"{fixed:.1f}"]
-        for row in (plain, checkpointed):
-            rest = row["casts"] + row["buffers"]
-            card = f"{row['fits']} GB" if row["fits"] else "none"
-            cells += [f"{row['activations']:.1f} + {rest:.1f}", f"{row['total']:.1f}", card]
-        out.append(cells)
-    head = ["", "weights", "with gradients, AdamW", "activations + buffers", "total", "fits on"]
-    return markdown([*head, "with checkpointing", "total", "fits on"], out)
-
-
 TABLES = {
     "README.md": {
         "caption": functools.partial(told, CAPTION),
@@ -453,15 +421,12 @@ TABLES = {
         "pull": pull,
         "bench": bench,
         "scaling": scaling,
-        "memory": memory,
         "text sentiment": functools.partial(text_world, "sentiment"),
         "text conviction": functools.partial(text_world, "conviction"),
         "leads sentiment": functools.partial(text_leads, "sentiment"),
         "leads conviction": functools.partial(text_leads, "conviction"),
         "forms": text_forms,
         "calibration": text_calibration,
-        "imdb": functools.partial(text_world, "lexicon", "imdb"),
-        "imdb samples": imdb_samples,
         "wins": functools.partial(text_wins, "sentiment", 0.5),
     },
     "experiments/README.md": {

@@ -2,7 +2,6 @@
 make every figure of it worthless. Nothing here measures speed."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +9,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
 from data import Builder, Report, collate
 from experiments import bench, contestants, peers
 from experiments.contestants import Cell
-from model import GPT, GPTConfig, forward_flops
+from model import GPT, GPTConfig
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 50}
 
@@ -22,7 +20,7 @@ TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 50}
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setitem(peers.SIZES, "tiny", TINY)
-    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(contestants, "pick_device", lambda name: torch.device("cpu"))
 
 
 def tiny_cell(**changes) -> Cell:
@@ -37,8 +35,8 @@ def test_train_flops_by_hand():
     tokens = 3 + 2 + 3
     seen = (1 + 2 + 3) + (4 + 5) + (4 + 5 + 6)  # the prefix, then keys 0..2 and oneself
     forward = 24 * 16 * tokens + 4 * 4 * seen + 2 * 4 * 10 * (2 + 3)
-    task = SimpleNamespace(gpt=SimpleNamespace(config=config), n_trunks=1, n_heads=1)
-    assert train.Task.flops(task, collate(builder.groups(), np.array([0]))) == 3 * forward
+    batch = collate(builder.groups(), np.array([0]))
+    assert contestants.train_flops(config, batch) == 3 * forward
 
 
 def test_sample_flops_by_hand():
@@ -55,7 +53,7 @@ def test_forward_flops_match_torch():
     plain = sdpa_kernel(SDPBackend.MATH)  # the only one it counts on a CPU
     with plain, FlopCounterMode(display=False) as counter, torch.no_grad():
         GPT(config)(torch.zeros(3, 8, dtype=torch.long))
-    ours = forward_flops(config, tokens=24, seen=3 * 8 * 8, scored=24)
+    ours = contestants.forward_flops(config, tokens=24, seen=3 * 8 * 8, scored=24)
     assert counter.get_total_flops() == ours
 
 
@@ -65,13 +63,16 @@ def test_naive_twin_has_our_loss(K):
     the policy has left the reference."""
     cell = tiny_cell(K=K, batch=5, shortest=1, longest=7)
     gpt, groups, s, device = contestants.train_setup(cell)
-    ref, task = contestants.make_gpt(cell, 13, device), contestants.Step(gpt, groups, s, device)
+    ref, stage = (
+        contestants.make_gpt(cell, 13, device),
+        contestants.make_stage(gpt, groups, s, device),
+    )
     with torch.no_grad():
         for p in gpt.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     ids = [7, 2, 5]
-    ours = task.loss(collate(groups, np.array(ids)))
-    naive = contestants.naive_loss(gpt, ref, groups, ids, task.log_target, s)
+    ours, _ = stage.loss(collate(groups, np.array(ids)))
+    naive = contestants.naive_loss(gpt, ref, groups, ids, torch.from_numpy(groups.log_target), s)
     torch.testing.assert_close(ours, naive, rtol=1e-5, atol=1e-6, check_dtype=False)
 
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import train
-from data import collate
+from data import byte_encoding, collate
+from infra.checkpoint import load_checkpoint, load_gpt
+from infra.rows import InputError
 from model import GPT
 
 ROOT = Path(__file__).parent.parent
@@ -77,13 +79,13 @@ def argv(stage: str, files: dict, out: Path, dtype: str, *more: str) -> list[str
 
 
 def records(out: Path) -> list[dict]:
-    machine = dict.fromkeys(("tokens_per_s", "groups_per_s", "mfu", "peak_gb"), 0)
+    machine = dict.fromkeys(("tokens_per_s", "groups_per_s", "peak_gb"), 0)
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) | machine for line in lines]
 
 
 def assert_same_run(a: Path, b: Path, tolerance: float) -> None:
-    first, second = (train.load_checkpoint(out) for out in (a, b))
+    first, second = (load_checkpoint(out) for out in (a, b))
     assert first["step"] == second["step"]
     close = {"rtol": tolerance, "atol": tolerance}
     for name, value in first["model"].items():
@@ -120,7 +122,7 @@ def test_two_processes_equal_one(stage, dtype, more, files, tmp_path):
     done = run(argv(stage, files, two, dtype, *more), 2)
     assert_same_run(one, two, {"float64": 1e-10, "float32": 1e-5}[dtype])
     assert done.stdout.count("rows usable") == 2  # training and held-out rows: one process prints
-    gpt, _ = train.load_gpt(two, policy=stage != "reward")  # what it saved is whole
+    gpt, _ = load_gpt(two, policy=stage != "reward")  # what it saved is whole
     assert isinstance(gpt, GPT)
 
 
@@ -136,7 +138,7 @@ def test_a_sharded_run_resumes_in_one_process(files, tmp_path):
     wait_for(lambda: (parts / "ckpt.pt").exists() and len(records(parts)) > 3)
     first.send_signal(signal.SIGTERM)  # torchrun hands it to both; they agree on the step
     first.wait()
-    assert train.load_checkpoint(parts)["step"] < STEPS
+    assert load_checkpoint(parts)["step"] < STEPS
     run([*command, "--resume"], 1)
     assert_same_run(whole, parts, 1e-10)
 
@@ -179,9 +181,8 @@ class Guard(torch.nn.Module):
 def test_nothing_is_differentiated_past_the_wrapper(stage, files, tmp_path, monkeypatch):
     """A method called past DDP skips its hooks, and gradients would silently stay local."""
     s = train.parse(argv(stage, files, tmp_path / "run", "float32"))
-    task = train.TASKS[stage](s, torch.device("cpu"))
-    task.module = Guard(task.module)
-    task.prepare(np.arange(11))
+    task = train.make_stage(s, torch.device("cpu"))
+    task.policy.module = Guard(task.policy.module)
     hidden = GPT.hidden
 
     def guarded(self, *args):
@@ -189,9 +190,30 @@ def test_nothing_is_differentiated_past_the_wrapper(stage, files, tmp_path, monk
         return hidden(self, *args)
 
     monkeypatch.setattr(GPT, "hidden", guarded)
-    train.update(s, task, train.adamw(task.scorer, s, 0.0), np.arange(5), 0.0)
+    train.update(s, task, train.adamw(task.policy.scorer, s, 0.0), np.arange(5), 0.0)
     with pytest.raises(AssertionError):  # the guard itself works
-        task.scorer(collate(task.groups, [0]))
+        task.policy.scorer(collate(task.groups, [0]))
+
+
+def lonely():
+    """An encoding that one process of two cannot make."""
+    if os.environ["RANK"] == "1":
+        raise InputError("only the second process knows this")
+    return byte_encoding()
+
+
+def test_the_error_of_one_process_ends_all_with_its_sentence(files, tmp_path):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*start, "train.py", "sft", "--data", files["pairs"], "--out", str(tmp_path / "run")]
+    command += ["--encoding", "tests.test_distributed:lonely", "--max_iters", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    began = time.time()
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode != 0
+    assert "train.py: only the second process knows this" in done.stderr
+    assert time.time() - began < 60
 
 
 def test_shards_need_processes(files, tmp_path, capsys):

@@ -503,6 +503,25 @@ def test_exo_refuses_probability_0_in_any_group_and_place():
     assert exo.exo_loss(rand(3, 4), rand(3, 4), target, mask=mask).isfinite()
 
 
+def test_a_loss_asks_no_device_for_numbers():
+    """Tensors without numbers: whoever looked at one would fail, as a GPU would have to wait."""
+    for name, loss in exo.LOSSES.items():
+        logps, ref, target = (torch.zeros(3, 4, device="meta") for _ in range(3))
+        mask = torch.ones(3, 4, dtype=torch.bool, device="meta")
+        assert loss(logps.requires_grad_(), ref, target, 0.5, mask).shape == (), name
+
+
+@both_losses
+def test_what_is_surely_wrong_is_refused_in_a_sentence(loss):
+    x, target = rand(3, 2), exo.preference_target(0.1)
+    with pytest.raises(ValueError, match=r"must be \(B, K\): .*, got \(2,\)"):
+        loss(x[0], x[0], target[0])
+    with pytest.raises(ValueError, match=r"mask is \(3, 1\), log-probs are \(3, 2\)"):
+        loss(x, x, target, mask=torch.ones(3, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"ref_logps want no gradient"):
+        loss(x, x.clone().requires_grad_(), target)
+
+
 # ------------------------------------------------------------------------------
 # kl, entropy, and what stands around the losses
 

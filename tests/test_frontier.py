@@ -18,7 +18,7 @@ import torch
 
 import exo
 from data import Builder, InputError, Report
-from experiments import frontier, frontier_corpus, frontier_figures
+from experiments import frontier, frontier_figures
 from experiments import frontier_measure as measure
 from experiments import frontier_report as report
 from model import GPT, GPTConfig
@@ -419,8 +419,6 @@ def test_a_failed_stage_says_why(tmp_path):
         ["--seeds", "0"],
         ["--jobs", "none"],
         ["--rewards", "joy"],
-        ["--corpus", "here.jsonl"],
-        ["--corpus", "no.jsonl", "--lexicon", "no.txt"],
         ["--nonsense"],
     ],
 )
@@ -429,57 +427,6 @@ def test_wrong_flags_end_with_one_sentence_and_2(argv, capsys):
         frontier.main(argv)
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_real_text(tmp_path, monkeypatch):
-    """Sentences become rows that read back, and the lexicon's reward is squashed and signed."""
-    corpus, lexicon = tmp_path / "c.jsonl", tmp_path / "l.txt"
-    text = "A really good movie was shown here.<br />It was &quot;bad&quot; and long and also dull!"
-    corpus.write_text(json.dumps({"text": text}) + "\n")
-    lexicon.write_text("good\t2.0\t0.1\t[]\r\nbad\t-2.5\t0.2\t[]\r\n")
-    monkeypatch.setenv(frontier_corpus.CORPUS, str(corpus))
-    monkeypatch.setenv(frontier_corpus.LEXICON, str(lexicon))
-    frontier_corpus.encoding.cache_clear()
-    rows = frontier_corpus.corpus_rows(10, seed=0)
-    whole = {row["prompt"] + row["completion"] for row in rows}
-    assert whole == {
-        "a really good movie was shown here.",
-        'it was "bad" and long and also dull!',
-    }
-    spell = frontier_corpus.encoding()
-    assert all(spell.decode(spell.encode_ordinary(text)) == text for text in whole)
-    assert frontier_corpus.lexicon("x", " good, good") == pytest.approx(16 / math.sqrt(31))
-    assert frontier_corpus.lexicon("good", " Bad.") == pytest.approx(-10 / math.sqrt(21.25))
-    assert frontier_corpus.lexicon("good", " nothing") == 0
-    frontier_corpus.encoding.cache_clear()
-
-
-def test_real_text_runs_to_its_end_and_too_little_of_it_is_a_sentence(
-    tmp_path, monkeypatch, capsys
-):
-    """A tiny run on sentences of our own. Samples follow SHOWN; no row of the corpus is told."""
-    corpus, lexicon = tmp_path / "c.jsonl", tmp_path / "l.txt"
-    lexicon.write_text("good\t2.0\nbad\t-2.5\n")
-    words = ("good", "bad", "long", "dull", "red", "old", "new", "odd", "big")
-    texts = [f"we saw the {a} {b} {c} film." for a, b, c in itertools.product(words, repeat=3)]
-    flags = ["--quick", "--corpus", str(corpus), "--lexicon", str(lexicon), "--jobs", "1"]
-    for name in (frontier_corpus.CORPUS, frontier_corpus.LEXICON):
-        monkeypatch.setenv(name, "")  # the command sets them; this takes them back
-    for few in (9, len(texts)):
-        frontier_corpus.encoding.cache_clear()
-        frontier_corpus.sentences.cache_clear()
-        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:few]))
-        if few == 9:
-            assert frontier.main([*flags, "--out", str(tmp_path / "few")]) == 2
-            assert "the corpus has 9 usable sentences" in capsys.readouterr().err
-    small = {"widths": (), "pairs": (), "betas": (("lexicon", (1.0,)),)}
-    small["encoding"] = frontier_corpus.matrix(TINY).encoding
-    done = frontier.run(tmp_path / "out", replace(TINY, **small), jobs=1)
-    frontier_corpus.encoding.cache_clear()
-    frontier_corpus.sentences.cache_clear()
-    assert {row["method"] for row in done["samples"]} == {"sft", *frontier.METHODS}
-    assert {row["prompt"] for row in done["samples"]} <= set(frontier_corpus.SHOWN)
-    assert "we saw the" not in (tmp_path / "out" / "results.json").read_text()
 
 
 def test_committed_results_are_of_the_matrix_in_the_code():

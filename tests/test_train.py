@@ -1,6 +1,7 @@
 """train.py and sample.py from the outside: runs leave the right files, mistakes one sentence."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -17,11 +18,13 @@ import data
 import exo
 import sample
 import train
+from infra.checkpoint import load_checkpoint, load_gpt
+from infra.parallel import set_precision
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = "--n_layer 1 --n_head 1 --n_embd 16 --block_size 64 --max_iters 6 --eval_interval 3".split()
-RATES = dict.fromkeys(("tokens_per_s", "groups_per_s", "mfu", "peak_gb"), 0)  # the machine's
+RATES = dict.fromkeys(("tokens_per_s", "groups_per_s", "peak_gb"), 0)  # the machine's
 SHORT = "--max_iters 6 --eval_interval 3 --log_interval 1 --learning_rate 1e-3".split()
 SHORT += "--kl_samples 4 --max_new_tokens 8".split()
 
@@ -99,26 +102,34 @@ def test_pairs_and_rewards_train_together(files, tmp_path):
     """K differs by row and by kind; both kinds of target stand in one batch."""
     argv = ["exo", "--data", files["pairs"], files["rewards"], "--eval_data", files["rewards"]]
     argv += ["--init", files["sft"], "--out", str(tmp_path / "run"), *SHORT]
-    assert train.main([*argv, "--dump_eval", str(tmp_path / "dump.jsonl")]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "dump.jsonl").read_text().splitlines()]
-    assert len(rows) == 20
+    assert train.main(argv) == 0
+    rows = scored(files, tmp_path, "rewards")
+    assert [row["row"] for row in rows] == list(range(1, 21))
     source = [json.loads(line) for line in Path(files["rewards"]).read_text().splitlines()]
     for row, original in zip(rows, source, strict=True):
         p = np.exp(original["rewards"])
         np.testing.assert_allclose(row["target"], p / p.sum(), atol=1e-12)
-        assert len(row["policy_logps"]) == len(row["ref_logps"]) == len(p)
+        assert len(row["logps"]) == len(row["ref_logps"]) == len(p)
 
 
-def test_dumped_log_probs_give_the_reported_loss(files, tmp_path):
-    dump = tmp_path / "dump.jsonl"
-    assert preference("exo", files, tmp_path / "run", "--dump_eval", str(dump)) == 0
-    rows = [json.loads(line) for line in dump.read_text().splitlines()]
+def scored(files: dict, folder: Path, kind: str, *more: str) -> list[dict]:
+    """What `sample.py RUN --score ROWS --ref SFT` writes of the run in folder."""
+    out = folder / "scored.jsonl"
+    argv = [str(folder / "run"), "--score", files[kind], "--ref", files["sft"], "--out", str(out)]
+    assert sample.main([*argv, *more]) == 0
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_scored_rows_give_the_reported_loss(files, tmp_path):
+    """Each alone, where held-out groups of a run share batches: the last bits differ."""
+    assert preference("exo", files, tmp_path / "run") == 0
+    rows = scored(files, tmp_path, "pairs", "--label_smoothing", "1e-3")
     policy, ref, target = (
         torch.tensor([r[k] for r in rows], dtype=torch.float64)
-        for k in ("policy_logps", "ref_logps", "target")
+        for k in ("logps", "ref_logps", "target")
     )
     loss = exo.exo_loss(policy, ref, target.log(), 0.1).item()
-    assert loss == pytest.approx(records(tmp_path / "run", "eval")[-1]["loss"], rel=1e-9)
+    assert loss == pytest.approx(records(tmp_path / "run", "eval")[-1]["loss"], rel=1e-5)
 
 
 def test_the_same_seed_gives_the_same_numbers(files, tmp_path):
@@ -127,7 +138,7 @@ def test_the_same_seed_gives_the_same_numbers(files, tmp_path):
     for kind in ("eval", "train"):
         a, b = (records(tmp_path / name, kind) for name in ("a", "b"))
         assert [{**r, **RATES} for r in a] == [{**r, **RATES} for r in b]
-    a, b = (train.load_checkpoint(tmp_path / name)["model"] for name in ("a", "b"))
+    a, b = (load_checkpoint(tmp_path / name)["model"] for name in ("a", "b"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -137,13 +148,16 @@ def test_micro_batches_give_the_gradient_of_the_large_batch(files, tmp_path):
         gradients = []
         for micro in (None, 3):
             s = train.Settings(
-                stage, data=[files["pairs"]], init=files["sft"], micro_batch_size=micro, grad_clip=0
+                stage,
+                data=[files["pairs"]],
+                init=files["sft"],
+                micro_batch_size=micro,
+                grad_clip=0,
+                dtype="float64",
             )
-            task = train.TASKS[stage](s, torch.device("cpu"))
-            task.gpt.double()
-            task.prepare(np.arange(len(task.groups)))
+            task = train.make_stage(s, torch.device("cpu"))
             seen = []
-            optimizer = train.adamw(task.gpt, s, 0.0)
+            optimizer = train.adamw(task.policy.gpt, s, 0.0)
             optimizer.register_step_pre_hook(
                 lambda o, *_, seen=seen: seen.extend(
                     p.grad.clone() for g in o.param_groups for p in g["params"]
@@ -155,48 +169,51 @@ def test_micro_batches_give_the_gradient_of_the_large_batch(files, tmp_path):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 
-def test_reference_log_probs_are_kept_for_later_runs(files, tmp_path, monkeypatch):
-    """A second run with other betas asks nothing of the reference, and ends where it would have
-    ended without a cache; another temperature, dtype or damage asks again."""
-    asked = []
-    score = train.score
+def test_a_resumed_run_does_not_ask_the_reference_again(files, tmp_path, monkeypatch):
+    """Its log-probs are in the checkpoint: the run goes on as if it had not been stopped, without
+    --init where no KL is estimated."""
+    argv = ["--kl_samples", "0"]
+    assert preference("exo", files, tmp_path / "whole", *argv) == 0
+    update, steps = train.update, []
 
-    def counting(module, *args, **kwargs):
+    def killed(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            raise ZeroDivisionError
+        return update(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", killed)
+        with pytest.raises(ZeroDivisionError):
+            preference("exo", files, tmp_path / "cut", *argv)
+    asked, score = [], train.score
+
+    def counting(*args):
         asked.append(args[-1] == "reference")
-        return score(module, *args, **kwargs)
+        return score(*args)
 
     monkeypatch.setattr(train, "score", counting)
-    cache = tmp_path / "cache"
-
-    def run(name: str, *more: str, kept=cache) -> int:
-        asked.clear()
-        argv = ["exo", "--data", files["pairs"], "--init", files["sft"], *SHORT, "--kl_samples"]
-        argv += ["0", "--eval_data", files["rewards"], "--cache", str(kept)]
-        assert train.main([*argv, "--out", str(tmp_path / name), *more]) == 0
-        return sum(asked)
-
-    assert run("first") == 2  # training and held-out rows
-    assert run("second", "--beta_pi", "0.5", "--learning_rate", "1e-2") == 0
-    assert run("alone", "--beta_pi", "0.5", "--learning_rate", "1e-2", kept="") == 2
-    a, b = (train.load_checkpoint(tmp_path / name)["model"] for name in ("second", "alone"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert run("warm", "--temperature", "0.5") == 2
-    assert run("wide", "--dtype", "float64") == 2
-    for file in cache.glob("reference-*"):
-        content = bytearray(file.read_bytes())
-        content[40] ^= 1
-        file.write_bytes(content)
-    assert run("again") == 2
-    a, b = (train.load_checkpoint(tmp_path / name)["model"] for name in ("first", "again"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert preference("exo", files, tmp_path / "cut", *argv, "--resume") == 0
+    assert asked
+    assert not any(asked)
+    a, b = (load_checkpoint(tmp_path / name) for name in ("whole", "cut"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert all(torch.equal(a["task"][k], b["task"][k]) for k in a["task"])
 
 
 def test_reference_log_probs_are_computed_only_for_rows_that_will_be_read(files, tmp_path):
-    s = train.Settings("exo", data=[files["pairs"]], init=files["sft"])
-    task = train.Preference(s, torch.device("cpu"))
-    task.prepare(np.array([3, 5]))
-    known = task.ref_logps.nonzero()[:, 0].tolist()
-    assert known == [int(task.groups.first[g]) + k for g in (3, 5) for k in (1, 2)]
+    """And for more of them when the run is made longer."""
+    argv = ["exo", "--data", files["pairs"], "--init", files["sft"], "--batch_size", "2"]
+    one, two = (
+        train.make_stage(train.parse([*argv, "--max_iters", n]), torch.device("cpu")) for n in "12"
+    )
+    for stage, steps in ((one, 1), (two, 2)):
+        known = np.flatnonzero(np.isfinite(stage.groups.ref_logps)).tolist()
+        read = sorted(g for i in range(steps) for g in stage.ids(i))
+        assert known == [int(stage.groups.first[g]) + k for g in read for k in (1, 2)]
+    two.load_state(one.state())
+    known = np.isfinite(two.groups.ref_logps)
+    assert known.sum() == 2 * 4
 
 
 def test_a_forks_loss_is_one_function_and_one_entry(files, tmp_path, monkeypatch):
@@ -205,7 +222,7 @@ def test_a_forks_loss_is_one_function_and_one_entry(files, tmp_path, monkeypatch
         return (ratio[:, 0] - ratio[:, 1] - 1 / (2 * beta_pi)).square().mean()
 
     monkeypatch.setitem(exo.LOSSES, "ipo", ipo_loss)
-    assert preference("exo", files, tmp_path / "run", "--loss", "ipo") == 0
+    assert preference("ipo", files, tmp_path / "run") == 0
     assert records(tmp_path / "run", "eval")[0]["loss"] == pytest.approx(25.0)
 
 
@@ -213,9 +230,8 @@ def test_warns_when_the_chosen_fall(files, tmp_path, capsys):
     """DPO's well-known side effect: the margin grows while both log-probs fall."""
     s = train.Settings("dpo", data=[files["pairs"]], eval_data=[files["pairs"]], init=files["sft"])
     s.kl_samples = 0
-    task = train.Preference(s, torch.device("cpu"))
-    task.prepare(np.arange(2))
-    task.eval_ref += 1.0
+    task = train.make_stage(s, torch.device("cpu"))
+    task.held_out.ref_logps += 1.0
     task.evaluate(7)
     task.evaluate(8)
     printed = capsys.readouterr().out
@@ -228,15 +244,15 @@ def test_accuracy_counts_pairs_with_unlike_targets():
     target = torch.tensor([[0.0, 1.0, 1.0]])
     ratio = torch.tensor([[0.0, 2.0, 0.0]])
     mask = torch.ones(1, 3, dtype=torch.bool)
-    assert train.accuracy(ratio, target, mask) == 0.75
-    assert train.accuracy(ratio, target, torch.tensor([[True, True, False]])) == 1.0
+    assert exo.accuracy(ratio, target, mask) == 0.75
+    assert exo.accuracy(ratio, target, torch.tensor([[True, True, False]])) == 1.0
 
 
 def test_temperature_is_stored_and_scales_logits(files, tmp_path):
     out = tmp_path / "warm"
     argv = ["sft", "--data", files["pairs"], "--eval_data", files["pairs"], "--out", str(out)]
     assert train.main([*argv, *TINY, "--temperature", "2.0"]) == 0
-    gpt, ckpt = train.load_gpt(out)
+    gpt, ckpt = load_gpt(out)
     assert ckpt["temperature"] == 2.0
     groups, _ = data.read_groups([files["pairs"]], data.byte_encoding(), 64, "sft")
     total, count = 0.0, 0
@@ -255,6 +271,122 @@ def test_learning_rate_warms_up_and_decays():
     assert rates[0] < rates[5] < rates[9] < 1
     assert max(rates) == rates[10] == 1.0
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
+
+
+# ------------------------------------------------------------------------------
+# A fork's losses, as a fork would write them
+
+
+def ipo_loss(policy_logps, ref_logps, log_target, beta_pi=1.0, mask=None):
+    """Azar et al. 2023, arXiv:2310.12036, Eq. 17: pairs, chosen first."""
+    ratio = policy_logps - ref_logps
+    return (ratio[:, 0] - ratio[:, 1] - 1 / (2 * beta_pi)).square().mean()
+
+
+def simpo_loss(policy_logps, ref_logps, log_target, beta_pi=1.0, mask=None, *, lengths):
+    """Meng et al. 2024, arXiv:2405.14734, Eq. 6 with gamma 0: no reference, a mean over tokens."""
+    assert not ref_logps.any()
+    mean = policy_logps / lengths
+    return torch.nn.functional.softplus(-beta_pi * (mean[:, 0] - mean[:, 1])).mean()
+
+
+def test_a_loss_for_pairs_refuses_rows_with_rewards(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(exo.LOSSES, "ipo", ipo_loss)
+    monkeypatch.setitem(exo.NEEDS, ipo_loss, exo.Needs(pairs=True))
+    assert preference("ipo", files, tmp_path / "run") == 0
+    assert preference("ipo", files, tmp_path / "rewards", data_="rewards") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{files['rewards']}:1: ipo wants preference pairs, not rewards" in said
+    argv = ["ipo", "--data", files["pairs"], "--init", files["sft"], "--online", "--reward", REWARD]
+    assert "ipo wants pairs, chosen first" in mistake([*argv, "--out", str(tmp_path / "x")], capsys)
+
+
+def test_a_loss_without_a_reference_and_with_lengths(files, tmp_path, monkeypatch):
+    """Nothing is asked of a reference, and the loss is what its formula says."""
+    monkeypatch.setitem(exo.LOSSES, "simpo", simpo_loss)
+    needs = exo.Needs(pairs=True, reference=False, lengths=True)
+    monkeypatch.setitem(exo.NEEDS, simpo_loss, needs)
+    assert preference("simpo", files, tmp_path / "run", "--beta_pi", "2") == 0
+    rows = scored(files, tmp_path, "pairs")
+    mean = [
+        [x / (len(row[k].encode()) + 1) for x, k in zip(row["logps"], names, strict=True)]
+        for names in [("chosen", "rejected")]
+        for row in rows
+    ]
+    gap = torch.tensor([a - b for a, b in mean])
+    loss = torch.nn.functional.softplus(-2 * gap).mean().item()
+    assert loss == pytest.approx(records(tmp_path / "run", "eval")[-1]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_exo_under_another_name_is_exo(online, files, tmp_path, monkeypatch):
+    """Its default smoothing and its on-policy correction belong to the function."""
+    monkeypatch.setitem(exo.LOSSES, "mine", exo.exo_loss)
+    more = ["--online", "--reward", REWARD, "--K", "3", "--round_iters", "2"] if online else []
+    for name in ("exo", "mine"):
+        assert preference(name, files, tmp_path / name, *more) == 0
+    a, b = (without_rates(tmp_path / name / "metrics.jsonl") for name in ("exo", "mine"))
+    assert a == b
+
+
+# ------------------------------------------------------------------------------
+# Machines
+
+
+class RefusesFloat64(torch.overrides.TorchFunctionMode):
+    """As mps does: nothing in float64 arrives on a device. cpu:0 stands for one."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.device)]
+        if torch.device("cpu", 0) in given:
+            assert not isinstance(out, torch.Tensor) or out.dtype != torch.float64, function
+        return out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["sft"],
+        ["reward"],
+        ["exo", "--reward", "MODEL"],
+        ["dpo"],
+        ["exo", "--online", "--reward", "MODEL"],
+        ["dpo", "--online", "--reward", "MODEL"],
+        ["ppo", "--reward", "MODEL"],
+    ],
+)
+def test_no_float64_goes_to_a_device(argv, files, tmp_path):
+    """It crashed every stage with a reference, and the reward model, on a Mac."""
+    train_rm = ["reward", "--data", files["pairs"], "--out", str(tmp_path / "rm"), *TINY]
+    assert "MODEL" not in argv or train.main(train_rm) == 0
+    argv = [str(tmp_path / "rm") if a == "MODEL" else a for a in argv]
+    argv += ["--data", files["pairs"], "--eval_data", files["pairs"], "--init", files["sft"]]
+    argv += ["--out", str(tmp_path / "run"), *SHORT, "--device", "cpu:0"]
+    with RefusesFloat64():
+        assert train.main(argv) == 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_the_step(
+    files, tmp_path, monkeypatch, capsys
+):
+    """The checkpoint stays good, metrics stay JSON, and the sentence names step and rows."""
+    calls = []
+
+    def breaks(policy_logps, *args):
+        calls.append(policy_logps.requires_grad)
+        return exo.dpo_loss(policy_logps, *args) * (math.nan if sum(calls) == 5 else 1.0)
+
+    monkeypatch.setitem(exo.LOSSES, "breaks", breaks)
+    assert preference("breaks", files, tmp_path / "run", "--kl_samples", "0") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("train.py: step 4: the gradient is no number for the rows ")
+    assert f"{files['pairs']}:" in said
+    assert said.endswith("keeps the checkpoint of step 3")
+    ckpt = load_checkpoint(tmp_path / "run")
+    assert ckpt["step"] == 3
+    assert all(x.isfinite().all() for x in ckpt["model"].values())
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 # ------------------------------------------------------------------------------
@@ -287,7 +419,7 @@ def test_a_stopped_run_resumes_to_the_same_result(how, files, tmp_path):
     assert status in ((-9,) if how == signal.SIGKILL else (128 + how,))
     subprocess.run(command(files, stopped, "--resume"), check=True, **quiet)
     assert without_rates(metrics) == without_rates(whole / "metrics.jsonl")
-    a, b = (train.load_checkpoint(out) for out in (whole, stopped))
+    a, b = (load_checkpoint(out) for out in (whole, stopped))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     assert a["step"] == b["step"] == 40
 
@@ -299,6 +431,49 @@ def test_a_finished_run_resumes_to_itself_without_held_out_data(files, tmp_path)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert train.main([*argv, *SHORT, "--resume"]) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_what_does_not_change_the_mathematics_may_change_on_resume(files, tmp_path):
+    """After an out-of-memory: fewer groups at once, checkpointing; and a run made longer."""
+    assert preference("dpo", files, tmp_path / "run", "--batch_size", "4") == 0
+    argv = ["dpo", "--data", files["pairs"], "--eval_data", files["pairs"], "--init", files["sft"]]
+    argv += ["--out", str(tmp_path / "run"), *SHORT[2:], "--batch_size", "4", "--resume"]
+    more = ["--micro_batch_size", "2", "--gradient_checkpointing", "--max_iters", "12"]
+    assert train.main([*argv, *more]) == 0
+    assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(1, 13))
+
+
+def test_the_reference_is_that_of_the_beginning(files, tmp_path, monkeypatch, capsys):
+    """--init is read once; where it was trained meanwhile, the run does not go on with another."""
+    sft, read, load = tmp_path / "sft", [], train.load_gpt
+    argv = ["sft", "--data", files["pairs"], "--out", str(sft), "--init", files["sft"]]
+    assert train.main([*argv, "--max_iters", "1"]) == 0
+    monkeypatch.setattr(train, "load_gpt", lambda *a, **k: read.append(a) or load(*a, **k))
+    own = {**files, "sft": str(sft)}
+    assert preference("dpo", own, tmp_path / "run") == 0
+    assert len(read) == 1
+    assert train.main([*argv, "--max_iters", "3", "--overwrite"]) == 0
+    assert preference("dpo", own, tmp_path / "run", "--resume") == 2
+    assert "is another model than when the run began" in capsys.readouterr().err
+
+
+def test_the_best_weights_can_be_chosen(files, tmp_path):
+    """--which best, as --init and in sample.py."""
+    argv = ["sft", "--data", files["pairs"], "--eval_data", files["pairs"], "--init", files["sft"]]
+    rates = ["--learning_rate", "3", "--max_iters", "3", "--eval_interval", "1"]
+    assert train.main([*argv, "--out", str(tmp_path / "run"), *rates]) == 0
+    last, best = (load_gpt(tmp_path / "run", which=which)[0] for which in ("last", "best"))
+    assert best.wte.weight.equal(load_gpt(files["sft"])[0].wte.weight)
+    assert not best.wte.weight.equal(last.wte.weight)
+    s = train.parse(["sft", "--data", "x", "--init", str(tmp_path / "run"), "--which", "best"])
+    assert train.build(s)[0].wte.weight.equal(best.wte.weight)
+    texts = []
+    for which in ("last", "best"):
+        out = tmp_path / f"{which}.jsonl"
+        argv = [str(tmp_path / "run"), "--which", which, "--prompt", "the", "--out", str(out)]
+        assert sample.main(argv) == 0
+        texts.append(out.read_text())
+    assert texts[0] != texts[1]
 
 
 def test_a_run_is_not_overwritten_by_accident(files, tmp_path, capsys):
@@ -368,7 +543,6 @@ def test_wrong_data_is_named_with_file_and_line(rows, said, files, tmp_path, cap
     [
         (["exa"], "invalid choice: 'exa'"),
         (["--data", "PAIRS"], "toy reads no files: name a stage first"),
-        (["sft", "--data", "PAIRS", "--dump_eval", "x"], "--dump_eval is for exo"),
         (["sft", "--lr", "1"], "unrecognized arguments: --lr 1"),
         (["sft"], "sft needs --data"),
         (["exo", "--data", "PAIRS"], "exo needs --init"),
@@ -376,11 +550,10 @@ def test_wrong_data_is_named_with_file_and_line(rows, said, files, tmp_path, cap
         (["exo", "--data", "PAIRS", "--init", "PAIRS"], "cannot read the checkpoint"),
         (["exo", "--data", "PAIRS", "--init", "SFT", "--label_smoothing", "0"], "infinite"),
         (["dpo", "--data", "PAIRS", "--init", "SFT", "--label_smoothing", "0.5"], "eps < 0.5"),
-        (["dpo", "--data", "PAIRS", "--init", "SFT", "--loss", "kto"], "unknown --loss 'kto'"),
+        (["kto", "--data", "PAIRS", "--init", "SFT"], "invalid choice: 'kto'"),
         (["dpo", "--data", "PAIRS", "--init", "SFT", "--beta_pi", "0"], "above 0, got 0.0"),
         (["dpo", "--data", "PAIRS", "--init", "SFT", "--beta_pi", "nan"], "finite number"),
         (["dpo", "--data", "PAIRS", "--init", "SFT", "--n_embd", "32"], "disagrees with --init"),
-        (["dpo", "--data", "PAIRS", "--init", "SFT", "--init_std", "1"], "a model from scratch"),
         (["sft", "--data", "PAIRS", "--init_std", "0"], "must be a finite number above 0"),
         (["dpo", "--data", "PAIRS", "--init", "SFT", "--encoding", "gpt2"], "disagrees with"),
         (["dpo", "--data", "PAIRS", "--init", "SFT", "--device", "tpu"], "is not there"),
@@ -400,7 +573,7 @@ def test_each_wrong_setting_gets_one_sentence(argv, said, files, tmp_path, capsy
 
 def test_a_checkpoint_from_another_vocabulary_is_refused(files, tmp_path, capsys):
     """Ids of one tokenizer mean nothing to a model of another."""
-    ckpt = dict(train.load_checkpoint(files["sft"]))
+    ckpt = dict(load_checkpoint(files["sft"]))
     ckpt["config"] = ckpt["config"] | {"vocab_size": 300}
     ckpt["model"] = GPT(GPTConfig(**ckpt["config"])).state_dict()
     torch.save(ckpt, tmp_path / "other.pt")
@@ -410,22 +583,14 @@ def test_a_checkpoint_from_another_vocabulary_is_refused(files, tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
-def test_help_needs_no_torch():
-    """--help answers at once: the settings stand above the slow imports."""
-    code = "import sys; sys.modules['torch'] = None; sys.argv = ['train.py', '--help']\n"
-    code += "import runpy; runpy.run_path('train.py', run_name='__main__')"
-    argv = [sys.executable, "-c", code]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    assert "--label_smoothing" in done.stdout
-
-
 def test_every_setting_is_read_somewhere():
     """A dead option is worse than none."""
-    source = (ROOT / "train.py").read_text().split("class Parser")[1]
-    rules = (ROOT / "train.py").read_text().split("class Parser")[0]
+    files = [ROOT / "train.py", *(ROOT / "methods").glob("*.py"), ROOT / "infra/checkpoint.py"]
+    whole = "".join(file.read_text(encoding="utf-8") for file in files)
+    source = whole.split("class Parser")[1]
     for name in train.Settings.__dataclass_fields__:
-        assert f"s.{name}" in source or f'"{name}"' in source or f"self.{name} =" in rules, name
+        read = f"s.{name}" in source or f'"{name}"' in source or f"self.{name} =" in whole
+        assert read, name
 
 
 # ------------------------------------------------------------------------------
@@ -487,7 +652,7 @@ def test_scores_are_the_log_probs_of_a_plain_forward_pass(files, tmp_path):
     for kind in ("pairs", "rewards"):
         argv = [files["sft"], "--score", files[kind], "--out", str(out), "--overwrite"]
         assert sample.main([*argv, "--batch_size", "5", "--temperature", "0.7"]) == 0
-        gpt, ckpt = train.load_gpt(files["sft"])
+        gpt, ckpt = load_gpt(files["sft"])
         encoding = data.get_encoding(ckpt["encoding"])
         given = rows_of(Path(files[kind]))
         for before, row in zip(given, rows_of(out), strict=True):
@@ -500,6 +665,31 @@ def test_scores_are_the_log_probs_of_a_plain_forward_pass(files, tmp_path):
                 slow = each[len(x) - 1 : -1].gather(-1, torch.tensor(y)[:, None]).sum().item()
                 assert logp == pytest.approx(slow, rel=1e-4)
             assert {k: v for k, v in row.items() if k != "logps"} == before
+
+
+def test_what_is_cut_is_counted_and_said(files, tmp_path, capsys):
+    """By --score, and by a reward model with less room than the policy."""
+    row = {"prompt": "p" * 50, "chosen": "c" * 60, "rejected": "no"}
+    file = write_rows(tmp_path / "long.jsonl", [row])
+    assert sample.main([files["sft"], "--score", file]) == 0
+    said = capsys.readouterr().err
+    assert "cut to block_size: 1 prompts from the left, 1 completions from the right" in said
+    rm = ["reward", "--data", files["pairs"], "--out", str(tmp_path / "rm"), *TINY]
+    assert train.main([*rm, "--block_size", "16"]) == 0
+    assert sample.main([files["sft"], "--score", file, "--reward", str(tmp_path / "rm")]) == 0
+    assert "cuts texts to its block_size of 16: here 2 prompts" in capsys.readouterr().out
+
+
+def test_prompts_need_no_max_new_tokens_at_a_small_block_size(files, capsys):
+    assert sample.main([files["sft"], "--prompt", "the cat"]) == 0
+    assert capsys.readouterr().out.startswith("the cat")
+
+
+def test_a_users_module_is_found_in_the_working_directory(files, tmp_path):
+    (tmp_path / "rewards_beside_me.py").write_text("def f(prompt, completion):\n    return 1.0\n")
+    command = [sys.executable, str(ROOT / "sample.py"), files["sft"], "--prompt", "a"]
+    command += ["--max_new_tokens", "4", "--reward", "rewards_beside_me:f"]
+    subprocess.run(command, check=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
 
 
 def test_best_of_keeps_the_best(files, tmp_path):
@@ -558,6 +748,9 @@ def test_rows_arrive_as_they_are_finished(files, tmp_path):
     ("argv", "said"),
     [
         (["--best_of", "2"], "--best_of needs --reward"),
+        (["--ref", "out/sft"], "--ref is for --score"),
+        (["--score", "x.jsonl", "--beta_r", "0"], "beta_r must be above 0, got 0.0"),
+        (["--score", "x.jsonl", "--label_smoothing", "0.5"], "label_smoothing must be in [0, 0.5)"),
         (["--score", "x.jsonl", "--prompt", "a"], "--score brings its own prompts"),
         (["--score", "x.jsonl", "--best_of", "2", "--reward", REWARD], "--score draws nothing"),
         (["--score", "x.jsonl", "--temperature", "0"], "--score needs a temperature above 0"),
@@ -579,8 +772,8 @@ def test_sample_says_what_is_wrong(argv, said, files, capsys):
     assert said in error.splitlines()[-1]
 
 
-def test_out_is_touched_only_when_all_input_has_been_read(files, tmp_path, capsys):
-    """A mistake elsewhere on the command line, or a file of something else, costs no results."""
+def test_out_is_touched_only_when_all_input_has_been_read(files, tmp_path):
+    """A mistake elsewhere on the command line costs no results."""
     out = tmp_path / "rows.jsonl"
     before = '{"prompt": "a", "completions": ["b"]}\n{"prompt": "c", "completions": ["d"]}'
     out.write_text(before)
@@ -588,13 +781,7 @@ def test_out_is_touched_only_when_all_input_has_been_read(files, tmp_path, capsy
     argv = [*common, str(out), "--overwrite"]
     assert sample.main([*argv, "--reward", "nowhere:f"]) == 2
     assert sample.main(["nowhere", *argv[1:]]) == 2
-    assert sample.main([*argv[:-1], "-n", "3"]) == 2
-    assert "--overwrite?" in capsys.readouterr().err
     assert out.read_text() == before
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text('{"chosen": "x", "rejected": "y"}')
-    assert sample.main([*common, str(pairs)]) == 2
-    assert pairs.read_text() == '{"chosen": "x", "rejected": "y"}'
     (tmp_path / "folder.jsonl").mkdir()
     assert sample.main([*common, str(tmp_path / "folder.jsonl")]) == 2
 
@@ -647,10 +834,10 @@ def test_a_full_disk_while_training_is_a_sentence(files, tmp_path, monkeypatch, 
         patch.setattr(torch, "save", full_disk)
         assert preference("dpo", files, out) == 2
     assert "cannot write" in capsys.readouterr().err.splitlines()[-1]
-    assert train.load_checkpoint(out)["step"] == 0
+    assert load_checkpoint(out)["step"] == 0
     assert not list(out.glob(".*"))
     assert preference("dpo", files, out, "--resume") == 0
-    a, b = (train.load_checkpoint(x)["model"] for x in (tmp_path / "whole", out))
+    a, b = (load_checkpoint(x)["model"] for x in (tmp_path / "whole", out))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -661,9 +848,9 @@ def test_tf32_only_on_a_gpu_and_not_where_float32_was_asked_for(files, tmp_path)
         for dtype in (None, "bfloat16", "float32"):
             s = train.Settings("sft", data=["-"], dtype=dtype)
             torch.set_float32_matmul_precision("highest")
-            train.set_precision(s, torch.device("cpu"))
+            set_precision(s.dtype, torch.device("cpu"))
             assert torch.get_float32_matmul_precision() == "highest"
-            train.set_precision(s, torch.device("cuda"))
+            set_precision(s.dtype, torch.device("cuda"))
             found.append(torch.get_float32_matmul_precision())
     finally:
         torch.set_float32_matmul_precision(before)

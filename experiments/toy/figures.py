@@ -83,7 +83,8 @@ def draw_losses(plt, _):
     for name, loss, eps in (("EXO", exo_loss, 1e-3), ("DPO", dpo_loss, 0.0)):
         margin = torch.linspace(-10, 10, 401, dtype=torch.float64, requires_grad=True)
         pairs = torch.stack([margin, torch.zeros_like(margin)], dim=-1)[:, None]
-        values = torch.stack([loss(pair, 0 * pair, preference_target(eps)) for pair in pairs])
+        zeros = torch.zeros(1, 2, dtype=torch.float64)
+        values = torch.stack([loss(pair, zeros, preference_target(eps)) for pair in pairs])
         (slope,) = torch.autograd.grad(values.sum(), margin)
         for axis, y in zip(axes, (values, slope), strict=True):
             line = {"color": COLORS[name.lower()], "lw": 2, "label": f"{name}, ε = {eps:g}"}

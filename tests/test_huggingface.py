@@ -9,21 +9,16 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
+from safetensors.torch import load_file
 
-import data
 import sample
 import train
+from infra import checkpoint
+from infra.checkpoint import load_gpt
+from infra.huggingface import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
 
 CONFIG = GPTConfig(block_size=32, vocab_size=61, n_layer=2, n_head=2, n_embd=16)
-TEXTS = [
-    "Hello world, it's a test.  Two  spaces\n\n\nand lines\t\ttabs ",
-    "naïve café — “quotes” 日本語テキスト العربية 🙂🙃 \u200b zero width",
-    "def f(x):\n    return x**2 + 1e-5  # 12345678 we'll they've I'd",
-    "   leading and trailing   ",
-    "\x00\x01 control \x7f \x85 \xad soft hyphen \u3000 wide",
-    "",
-]
 
 
 def random_gpt(config: GPTConfig = CONFIG, seed: int = 0) -> GPT:
@@ -52,11 +47,12 @@ def without_safetensors(monkeypatch) -> None:
 
 
 @pytest.fixture
-def bin_folder(tmp_path, monkeypatch) -> Path:
-    """A folder with pytorch_model.bin, whichever packages are there."""
-    with monkeypatch.context() as context:
-        without_safetensors(context)
-        random_gpt().save_pretrained(tmp_path / "hf")
+def bin_folder(tmp_path) -> Path:
+    """A folder with pytorch_model.bin, as older ones are."""
+    save_pretrained(random_gpt(), tmp_path / "hf")
+    weights = tmp_path / "hf" / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "hf" / "pytorch_model.bin")
+    weights.unlink()
     return tmp_path / "hf"
 
 
@@ -75,19 +71,14 @@ def edit_weights(folder: Path, change) -> None:
 # There and back
 
 
-@pytest.mark.parametrize("package", [True, False])
-def test_round_trip_is_bit_equal(package, tmp_path, monkeypatch):
-    """With and without safetensors; nothing but the files named is left behind."""
-    if package:
-        pytest.importorskip("safetensors")
-    else:
-        without_safetensors(monkeypatch)
+def test_round_trip_is_bit_equal(tmp_path):
+    """Nothing but the files named is left behind."""
     gpt = random_gpt()
-    gpt.save_pretrained(tmp_path / "hf", eot=60)
-    name = "model.safetensors" if package else "pytorch_model.bin"
-    assert {p.name for p in (tmp_path / "hf").iterdir()} == {"config.json", name}
+    save_pretrained(gpt, tmp_path / "hf", eot=60)
+    names = {"config.json", "model.safetensors"}
+    assert {p.name for p in (tmp_path / "hf").iterdir()} == names
     assert len({p.stat().st_mode for p in (tmp_path / "hf").iterdir()}) == 1  # all may read both
-    back = GPT.from_pretrained(tmp_path / "hf")
+    back = from_pretrained(tmp_path / "hf")
     assert same(gpt, back)
     assert all(p.requires_grad and p.is_contiguous() for p in back.parameters())
     assert back(random_idx(gpt)).equal(gpt(random_idx(gpt)))
@@ -111,12 +102,12 @@ def test_no_prefix_buffers_and_head_do_not_matter(bin_folder):
         return out | {"lm_head.weight": out["wte.weight"]}
 
     edit_weights(bin_folder, change)
-    assert same(GPT.from_pretrained(bin_folder), random_gpt())
+    assert same(from_pretrained(bin_folder), random_gpt())
 
 
 def test_half_precision_files_become_float32(bin_folder):
     edit_weights(bin_folder, lambda tensors: {k: x.bfloat16() for k, x in tensors.items()})
-    gpt = GPT.from_pretrained(bin_folder)
+    gpt = from_pretrained(bin_folder)
     assert {p.dtype for p in gpt.parameters()} == {torch.float32}
     assert gpt.wte.weight.equal(random_gpt().wte.weight.bfloat16().float())
 
@@ -134,10 +125,10 @@ def test_sharded_index(kind, bin_folder):
             pytest.importorskip("safetensors.torch").save_file(part, bin_folder / shard)
         weight_map |= dict.fromkeys(part, shard)
     (bin_folder / f"{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert same(GPT.from_pretrained(bin_folder), random_gpt())
+    assert same(from_pretrained(bin_folder), random_gpt())
     (bin_folder / f"shard-1.{suffix}").unlink()
     with pytest.raises(ValueError, match=r"names the file 'shard-1.*not there"):
-        GPT.from_pretrained(bin_folder)
+        from_pretrained(bin_folder)
 
 
 def test_index_cannot_leave_its_folder(bin_folder):
@@ -145,27 +136,33 @@ def test_index_cannot_leave_its_folder(bin_folder):
     (bin_folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     (bin_folder / "pytorch_model.bin").rename(bin_folder.parent / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"names the file '\.\./hf"):
-        GPT.from_pretrained(bin_folder)
+        from_pretrained(bin_folder)
 
 
-def test_saving_again_leaves_no_stale_weights(bin_folder, monkeypatch):
-    """Else transformers would go on reading an older, preferred file."""
+def test_saving_again_leaves_no_stale_weights(bin_folder):
+    """Else somebody would go on reading an older file."""
     for name in ("model.safetensors", "model.safetensors.index.json"):
         (bin_folder / name).write_text("{}")
+    save_pretrained(random_gpt(seed=5), bin_folder)
+    assert {p.name for p in bin_folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert same(from_pretrained(bin_folder), random_gpt(seed=5))
+
+
+def test_writing_needs_safetensors(tmp_path, monkeypatch):
     without_safetensors(monkeypatch)
-    random_gpt(seed=5).save_pretrained(bin_folder)
-    assert {p.name for p in bin_folder.iterdir()} == {"config.json", "pytorch_model.bin"}
-    assert same(GPT.from_pretrained(bin_folder), random_gpt(seed=5))
+    with pytest.raises(ValueError, match="needs a package: pip install safetensors"):
+        save_pretrained(random_gpt(), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_padded_vocabulary_is_cut_on_request(bin_folder):
     """The words kept have the same logits as before."""
-    cut, whole = GPT.from_pretrained(bin_folder, 50), random_gpt()
+    cut, whole = from_pretrained(bin_folder, 50), random_gpt()
     idx = random_idx(cut)
     torch.testing.assert_close(cut(idx), whole(idx)[..., :50], atol=1e-5, rtol=1e-5)
     assert cut.config.vocab_size == len(cut.wte.weight) == 50
     with pytest.raises(ValueError, match="has a vocabulary of 61, not of 62"):
-        GPT.from_pretrained(bin_folder, 62)
+        from_pretrained(bin_folder, 62)
 
 
 # ------------------------------------------------------------------------------
@@ -196,7 +193,7 @@ def test_padded_vocabulary_is_cut_on_request(bin_folder):
 def test_refused_by_config(entries, message, bin_folder):
     edit_config(bin_folder, **entries)
     with pytest.raises(ValueError, match=message) as error:
-        GPT.from_pretrained(bin_folder)
+        from_pretrained(bin_folder)
     assert "\n" not in str(error.value)
 
 
@@ -209,17 +206,17 @@ def test_refused_by_config(entries, message, bin_folder):
 )
 def test_harmless_variants_load(entries, bin_folder):
     edit_config(bin_folder, **entries)
-    assert same(GPT.from_pretrained(bin_folder), random_gpt())
+    assert same(from_pretrained(bin_folder), random_gpt())
 
 
 def test_refused_by_tensors(bin_folder):
     wrong = {"transformer.ln_f.bias": torch.zeros(16, dtype=torch.long)}
     edit_weights(bin_folder, lambda tensors: tensors | wrong)
     with pytest.raises(ValueError, match=r"ln_f.bias is \[16\] of torch.int64, expected \[16\]"):
-        GPT.from_pretrained(bin_folder)
+        from_pretrained(bin_folder)
     edit_weights(bin_folder, lambda tensors: {"model": tensors})
     with pytest.raises(ValueError, match="it must hold tensors by name"):
-        GPT.from_pretrained(bin_folder)
+        from_pretrained(bin_folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "config.json"])
@@ -228,20 +225,20 @@ def test_damaged_files_take_one_sentence(name, bin_folder):
         pytest.importorskip("safetensors")
     (bin_folder / name).write_bytes(b"\x00not a model\xff")
     with pytest.raises(ValueError, match=f"cannot read .*{name}") as error:
-        GPT.from_pretrained(bin_folder)
+        from_pretrained(bin_folder)
     assert "\n" not in str(error.value)
 
 
 def test_missing_files_and_package(bin_folder, monkeypatch):
     with pytest.raises(ValueError, match=r"cannot read .*config.json"):
-        GPT.from_pretrained(bin_folder / "nowhere")
+        from_pretrained(bin_folder / "nowhere")
     (bin_folder / "pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match=r"has no weights: none of model\.safetensors"):
-        GPT.from_pretrained(bin_folder)
+        from_pretrained(bin_folder)
     (bin_folder / "model.safetensors").write_bytes(b"")
     without_safetensors(monkeypatch)
     with pytest.raises(ValueError, match="needs a package: pip install safetensors"):
-        GPT.from_pretrained(bin_folder)
+        from_pretrained(bin_folder)
 
 
 # ------------------------------------------------------------------------------
@@ -270,24 +267,20 @@ def test_transformers_writes_we_read(shard, tmp_path):
     theirs = transformers_gpt2()
     theirs.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors").exists() == (shard == "5GB")
-    assert gap(GPT.from_pretrained(tmp_path), theirs) <= 1e-4
+    assert gap(from_pretrained(tmp_path), theirs) <= 1e-4
 
 
 def test_trunk_alone_is_read(tmp_path):
     """GPT2Model's names have no prefix."""
     theirs = transformers_gpt2()
     theirs.transformer.save_pretrained(tmp_path)
-    assert gap(GPT.from_pretrained(tmp_path), theirs) <= 1e-4
+    assert gap(from_pretrained(tmp_path), theirs) <= 1e-4
 
 
-@pytest.mark.parametrize("package", [True, False])
-def test_we_write_transformers_reads(package, tmp_path, monkeypatch):
+def test_we_write_transformers_reads(tmp_path):
     transformers = pytest.importorskip("transformers")
     ours = random_gpt()
-    with monkeypatch.context() as context:
-        if not package:
-            without_safetensors(context)
-        ours.save_pretrained(tmp_path, eot=60)
+    save_pretrained(ours, tmp_path, eot=60)
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, output_loading_info=True
     )
@@ -303,7 +296,7 @@ def test_transformers_llama_is_refused(tmp_path):
     config = transformers.LlamaConfig(vocab_size=61, num_hidden_layers=1, **size)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r'is not GPT-2: config\.json has model_type "llama"'):
-        GPT.from_pretrained(tmp_path)
+        from_pretrained(tmp_path)
 
 
 # ------------------------------------------------------------------------------
@@ -318,50 +311,6 @@ def tiny_encoding() -> tiktoken.Encoding:
     ranks = {token: i for i, token in enumerate(tokens)}
     special = {"<|endoftext|>": len(tokens)}
     return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
-def test_merges_are_recovered_in_order():
-    """Each token by hand: the last merge that its earlier merges leave."""
-    merges = data.recover_merges(tiny_encoding()._mergeable_ranks)
-    assert merges[:5] == [(b"t", b"h"), (b"h", b"e"), (b"th", b"e"), (b" ", b"t"), (b" ", b"the")]
-    assert merges[7:] == [(b"he", b"ll"), (b"\xc3", b"\xa9"), (b" ", b" ")]
-    letters = data.byte_letters()
-    assert len(set(letters)) == 256
-    assert (letters[32], letters[10], letters[ord("a")]) == ("Ġ", "Ċ", "a")
-
-
-def test_no_tokenizer_for_other_encodings():
-    assert data.hugging_face_tokenizer(data.get_encoding("bytes"), 64) is None
-
-
-def check_tokenizer(encoding: tiktoken.Encoding, folder: Path, texts: list[str]) -> None:
-    transformers = pytest.importorskip("transformers")
-    size = vars(CONFIG) | {"vocab_size": encoding.n_vocab}
-    GPT(GPTConfig(**size)).save_pretrained(folder, eot=encoding.eot_token)
-    for name, text in data.hugging_face_tokenizer(encoding, 32).items():
-        (folder / name).write_text(text, encoding="utf-8")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    for text in texts:
-        assert tokenizer(text)["input_ids"] == encoding.encode_ordinary(text), text
-        assert tokenizer.decode(encoding.encode_ordinary(text)) == text
-    assert tokenizer.eos_token_id == tokenizer.bos_token_id == encoding.eot_token
-    assert len(tokenizer) == encoding.n_vocab
-    assert tokenizer.model_max_length == 32
-
-
-def test_written_tokenizer_agrees_on_a_tiny_vocabulary(tmp_path):
-    check_tokenizer(tiny_encoding(), tmp_path, [*TEXTS, "the hell then shell thethe  the"])
-
-
-def test_written_tokenizer_agrees_with_gpt2(tmp_path):
-    try:
-        encoding = data.get_encoding("gpt2")
-    except data.InputError as error:
-        pytest.skip(str(error))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(encoding.n_vocab - 1, (40, 60), generator=generator).tolist()
-    texts = [encoding.decode(row) for row in ids]  # any word beside any other
-    check_tokenizer(encoding, tmp_path, [*TEXTS, *texts, Path(train.__file__).read_text("utf-8")])
 
 
 # ------------------------------------------------------------------------------
@@ -385,7 +334,7 @@ def exo_step(pairs: str, init: Path, out: Path, *more: str) -> int:
 def byte_folder(folder: Path, vocab_size: int = 257, **extra) -> GPT:
     size = vars(CONFIG) | {"vocab_size": vocab_size}
     gpt = random_gpt(GPTConfig(**size))
-    gpt.save_pretrained(folder, **extra)
+    save_pretrained(gpt, folder, **extra)
     return gpt
 
 
@@ -399,7 +348,7 @@ def test_init_step_export_and_back(pairs, tmp_path, capsys):
     assert first["kl"] == first["margin"] == 0
     assert sample.main([str(run), "--export", str(hf)]) == 0
     assert "no tokenizer is written" in capsys.readouterr().out
-    trained, exported = train.load_gpt(run)[0], GPT.from_pretrained(hf)
+    trained, exported = load_gpt(run)[0], from_pretrained(hf)
     assert same(trained, exported)
     assert not trained.wte.weight.equal(before.wte.weight[:257])
     assert not (hf / "vocab.json").exists()
@@ -421,7 +370,7 @@ def test_transformers_weights_take_an_exo_step_and_go_back(pairs, tmp_path):
     before.save_pretrained(tmp_path / "init")
     assert exo_step(pairs, tmp_path / "init", tmp_path / "run", "--encoding", "bytes") == 0
     assert sample.main([str(tmp_path / "run"), "--export", str(tmp_path / "hf")]) == 0
-    trained = train.load_gpt(tmp_path / "run")[0]
+    trained = load_gpt(tmp_path / "run")[0]
     after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert gap(trained, after.eval()) <= 1e-4
     assert gap(trained, before.eval()) > 1e-3
@@ -434,19 +383,24 @@ def test_export_keeps_encoding_and_temperature(pairs, tmp_path):
     assert sample.main([str(tmp_path / "run" / "ckpt.pt"), "--export", str(tmp_path / "hf")]) == 0
     said = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert (said["temperature"], said["do_sample"]) == (0.5, True)
-    _, ckpt = train.load_gpt(tmp_path / "hf")
+    _, ckpt = load_gpt(tmp_path / "hf")
     assert (ckpt["temperature"], ckpt["encoding"]) == (0.5, "bytes")
 
 
 def test_gpt2_is_the_encoding_of_a_folder_that_does_not_say(pairs, tmp_path, monkeypatch):
     encoding = tiny_encoding()
-    monkeypatch.setattr(train, "get_encoding", {"gpt2": encoding}.__getitem__)
-    monkeypatch.setattr(sample, "get_encoding", {"gpt2": encoding}.__getitem__)
+    for module in (checkpoint, train, sample):
+        monkeypatch.setattr(module, "get_encoding", {"gpt2": encoding}.__getitem__)
     byte_folder(tmp_path / "init", encoding.n_vocab)
+    tokenizer = {"vocab.json": "{}", "merges.txt": "#version: 0.2", "tokenizer_config.json": "{}"}
+    for name, text in tokenizer.items():
+        (tmp_path / "init" / name).write_text(text)
     assert exo_step(pairs, tmp_path / "init", tmp_path / "run") == 0
-    assert sample.main([str(tmp_path / "run"), "--export", str(tmp_path / "hf")]) == 0
-    names = {"config.json", "vocab.json", "merges.txt", "tokenizer_config.json"}
-    assert names <= {p.name for p in (tmp_path / "hf").iterdir()}
+    assert exo_step(pairs, tmp_path / "run", tmp_path / "again") == 0
+    assert sample.main([str(tmp_path / "again"), "--export", str(tmp_path / "hf")]) == 0
+    for name, text in tokenizer.items():  # copied from where training began, two runs ago
+        assert (tmp_path / "hf" / name).read_text() == text
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["exo"]["encoding"] == "gpt2"
 
 
 def test_mistakes_exit_with_2_and_one_sentence(pairs, tmp_path, capsys):

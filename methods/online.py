@@ -1,0 +1,242 @@
+"""
+Learning from completions of one's own: draw them from the policy as it is, rate them, and train on
+them for a round.
+
+    round:  K completions of each of round_iters batches of prompts  ->  rewards  ->  steps of
+            batch_size prompts, in `passes` passes over the round
+
+Online EXO and DPO are here; PPO (ppo.py) has the same rounds. Everything drawn depends on (seed,
+round), so a resumed run draws what it would have drawn. `drawn_figures` measures any policy by
+fresh draws: KL(pi || sft) and, with a reward, its mean.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import exo
+from data import Builder, Epochs, Groups, Report, decode, evenly_spaced
+from infra.parallel import autocast, gather, rank, score, whole_weights, world
+from methods.reward import load_reward
+from model import GPT
+
+# ------------------------------------------------------------------------------
+# Drawing and rating
+
+
+def draw(policy, s, prompts: list[list[int]], n: int, generator: torch.Generator) -> Groups:
+    """n completions of each prompt from the policy as it is, equal ones kept. Processes share the
+    prompts; a draw depends on the generator and on its place among all, not on the prompts that it
+    is computed with."""
+    block, eot = policy.gpt.config.block_size, policy.encoding.eot_token
+    new = min(s.max_new_tokens, block // 2)
+    prompts = [p[-(block - new) :] for p in prompts]
+    uniform = torch.rand(len(prompts), n, new, generator=generator)
+    size = 4 * s.at_once  # sampling keeps no activations
+    drawn, gpt, mine = {}, unsharded(policy, s), range(rank(), len(prompts), world())
+    for start in range(0, len(mine), size):
+        chunk = mine[start : start + size]
+        with autocast(s.dtype, policy.device):
+            ys = gpt.generate(
+                [prompts[i] for i in chunk],
+                max_new_tokens=new,
+                n=n,
+                temperature=policy.temperature,
+                eot=eot,
+                uniform=uniform[list(chunk)].flatten(0, 1),
+            )
+        drawn |= {i: ys[k * n : (k + 1) * n] for k, i in enumerate(chunk)}
+    drawn = dict(item for part in gather(drawn) for item in part.items())
+    builder = Builder(block, eot, Report())
+    for i, prompt in enumerate(prompts):
+        ended = [y[-1] == eot for y in drawn[i]]
+        ys = [y[: len(y) - e] for y, e in zip(drawn[i], ended, strict=True)]
+        builder.put(prompt, ys, ended)
+    return builder.groups()
+
+
+def unsharded(policy, s) -> GPT:
+    """The model in one piece and without wrappers, to draw from."""
+    if not s.fsdp:
+        return policy.gpt
+    gpt = GPT(policy.gpt.config)
+    gpt.load_state_dict(whole_weights(policy.gpt))
+    return gpt.to(policy.device).eval()
+
+
+def rate(policy, groups: Groups, reward) -> None:
+    """Fill groups.rewards. A prompt is rated as the policy read it, cut to fit if it was."""
+    prompts, completions, segments = [], [], np.flatnonzero(groups.is_completion())
+    for g in range(len(groups)):
+        ids = groups.prompt(g)
+        text = "" if ids == [groups.eot] else decode(policy.encoding, ids)
+        ys = groups.completions(g)
+        prompts += [text] * len(ys)
+        completions += [decode(policy.encoding, y) for y in ys]
+    ended = groups.ended[segments].tolist()
+    groups.rewards[segments] = reward(prompts, completions, ended).numpy()
+
+
+def drawn_figures(policy, s, ref, prompts: Groups, reward, step: int) -> dict:
+    """KL(pi || sft), with a reward its mean, and their standard errors, from one completion of each
+    of kl_samples prompts."""
+    chosen = [prompts.prompt(g) for g in evenly_spaced(len(prompts), s.kl_samples)]
+    generator = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
+    drawn = draw(policy, s, chosen, 1, generator)
+    logps, ref_logps = (
+        score(module, drawn, s.at_once, policy.device, s.dtype) for module in (policy.module, ref)
+    )
+    segment = drawn.first[:-1] + 1
+    result = mean_and_error("kl", exo.kl_estimates(logps, ref_logps)["k1"][segment])
+    if reward:
+        rate(policy, drawn, reward)
+        result |= mean_and_error("reward", torch.from_numpy(drawn.rewards)[segment])
+    return result | {"sampled_length": float(drawn.lengths()[segment].mean())}
+
+
+def mean_and_error(name: str, x: Tensor) -> dict[str, float]:
+    """The mean of x (N,) and its standard error."""
+    spread = x.std().item() / math.sqrt(len(x)) if len(x) > 1 else 0.0
+    return {name: x.mean().item(), f"{name}_stderr": spread}
+
+
+# ------------------------------------------------------------------------------
+# Rounds
+
+
+class Rounds:
+    """Which prompts a round draws for, and which of its groups a step reads. `groups` are those of
+    the round that is going on."""
+
+    def __init__(self, s, policy, prompts: Groups, passes: int = 1):
+        self.s, self.policy, self.prompts, self.passes = s, policy, prompts, passes
+        self.reward = load_reward(s.reward, policy.device)
+        self.epochs = Epochs(prompts, s.batch_size, s.seed)
+        self.steps = s.max_iters or math.ceil(s.epochs * self.epochs.n_batches) * passes
+        self.round, self.groups = -1, prompts
+
+    def place(self, step: int) -> tuple[int, int, int, int]:
+        """(round, its first batch of prompts, how many it has, step within the round)."""
+        round_, within = divmod(step, self.s.round_iters * self.passes)
+        first = round_ * self.s.round_iters
+        n = min(self.s.round_iters, math.ceil(self.steps / self.passes) - first)
+        return round_, first, n, within
+
+    def ids(self, step: int) -> np.ndarray:
+        """The groups of the round that this step reads."""
+        round_, _, n, within = self.place(step)
+        rng = np.random.default_rng([self.s.seed, round_, within // n])
+        return np.array_split(rng.permutation(len(self.groups)), n)[within % n]
+
+    def begin(self, step: int) -> bool:
+        """Draw and rate, where this step begins a round."""
+        round_, first, n, _ = self.place(step)
+        if round_ == self.round:
+            return False
+        rows = np.concatenate([self.epochs.batch(i) for i in range(first, first + n)])
+        seed = np.random.SeedSequence([self.s.seed, round_]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(seed))
+        prompts = [self.prompts.prompt(g) for g in rows]
+        groups = draw(self.policy, self.s, prompts, self.s.K, generator)
+        rate(self.policy, groups, self.reward)  # may end the run: nothing has changed so far
+        self.groups, self.round = groups, round_
+        return True
+
+    def figures(self, log_ratio: Tensor) -> dict[str, float]:
+        """log_ratio: (N,) log pi - log sft of the completions of the round."""
+        return {"reward": float(np.nanmean(self.groups.rewards)), "kl": log_ratio.mean().item()}
+
+    def evaluate(self, ref, held_out: Groups | None, beta: float, step: int) -> dict:
+        """Minus J = reward - beta KL, as the loss."""
+        if not self.s.kl_samples:
+            return {}
+        prompts = self.prompts if held_out is None else held_out
+        result = drawn_figures(self.policy, self.s, ref, prompts, self.reward, step)
+        return {"loss": beta * result["kl"] - result["reward"], **result}
+
+    def state(self) -> dict:
+        if self.round < 0:
+            return {"round": -1}
+        arrays = {k: v for k, v in vars(self.groups).items() if isinstance(v, np.ndarray)}
+        return {
+            "round": self.round,
+            "groups": {k: torch.from_numpy(v) for k, v in arrays.items()},
+        }
+
+    def load_state(self, state: dict) -> None:
+        self.round = state["round"]
+        if self.round >= 0:
+            arrays = {k: v.numpy() for k, v in state["groups"].items()}
+            self.groups = Groups(**arrays, eot=self.policy.encoding.eot_token)
+
+
+# ------------------------------------------------------------------------------
+# EXO and DPO, online
+
+
+class OnlineStage:
+    """A preference loss on completions drawn from a snapshot rho of the policy; sft is still
+    --init.
+
+    EXO weighs them by rho (exo.on_policy_ref, exo.on_policy_target). DPO is its loss as it is, on
+    other completions: q = softmax(beta_pi (log pi - log sft)), p = softmax(r / beta_r).
+    """
+
+    heads: dict = {}  # noqa: RUF012 - nothing beside the GPT
+
+    def __init__(self, s, policy, prompts: Groups, held_out: Groups | None):
+        self.s, self.policy, self.held_out = s, policy.scoring(s), held_out
+        self.rounds = Rounds(s, policy, prompts)
+        self.steps, self.ref = self.rounds.steps, policy.reference()
+        self.loss_fn, self.needs = exo.LOSSES[s.stage], exo.needs(s.stage)
+        self.figures: dict = {}
+
+    @property
+    def groups(self) -> Groups:
+        return self.rounds.groups
+
+    def ids(self, step: int) -> np.ndarray:
+        if self.rounds.begin(step):
+            self.store()
+        return self.rounds.ids(step)
+
+    def store(self) -> None:
+        """Reference log-probs and targets of the round's completions, beside them."""
+        s, groups = self.s, self.groups
+        real = groups.is_completion()
+        ref, rho = (
+            score(module, groups, s.at_once, self.policy.device, s.dtype)[real].view(-1, s.K)
+            for module in (self.ref, self.policy.module)
+        )
+        rewards = torch.from_numpy(groups.rewards[real]).view(-1, s.K)
+        self.figures = self.rounds.figures(rho - ref)
+        target = exo.reward_target(rewards, s.beta_r)
+        if self.needs.on_policy:
+            target = exo.on_policy_target(rewards, ref, rho, s.beta_r)
+            ref = exo.on_policy_ref(ref, rho, s.beta_pi)
+        groups.ref_logps, groups.log_target = np.zeros(len(real)), np.zeros(len(real))
+        groups.ref_logps[real], groups.log_target[real] = ref.flatten(), target.flatten()
+
+    def weigh(self, batch) -> int:
+        return len(batch.mask)
+
+    def loss(self, batch) -> tuple[Tensor, dict]:
+        logps = self.policy.module(batch).sum(-1)  # (B, K)
+        more = {"lengths": batch.scored.sum(-1)} if self.needs.lengths else {}
+        loss = self.loss_fn(
+            logps, batch.ref_logps, batch.log_target, self.s.beta_pi, batch.mask, **more
+        )
+        return loss, {}
+
+    def evaluate(self, step: int) -> dict:
+        beta = self.s.beta_r * self.s.beta_pi
+        return self.rounds.evaluate(self.ref, self.held_out, beta, step)
+
+    def state(self) -> dict:
+        return self.rounds.state() | {"figures": self.figures}
+
+    def load_state(self, state: dict) -> None:
+        self.rounds.load_state(state)
+        self.figures = state["figures"]

@@ -1,0 +1,261 @@
+"""
+Rewards: a model of ours, trained on preferences (the stage `reward`), or a function of the user's.
+
+    --reward out/rm             a run folder or .pt file of the stage reward
+    --reward module:function    f(prompt, completion), or f(prompts, completions) for many at once
+
+`load_reward` makes one function of either: (prompts, completions, ended) -> (N,) float64. Whatever
+a user's function does wrong is said in one sentence.
+"""
+
+import dataclasses
+import inspect
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import exo
+from data import (
+    Builder,
+    Epochs,
+    Groups,
+    Report,
+    evenly_spaced,
+    get_encoding,
+    load_function,
+    set_targets,
+)
+from infra.checkpoint import checkpoint_gpt, load_checkpoint
+from infra.parallel import in_first, load_weights, merge, passes, say, score, whole_weights
+from infra.rows import InputError
+from model import GPT, ScalarHead, packed_hidden, to_cells
+
+# ------------------------------------------------------------------------------
+# The model
+
+
+class RewardModel(torch.nn.Module):
+    """The trunk, and a scalar head read at the last token of each completion (InstructGPT,
+    arXiv:2203.02155). Needs no LM head.
+
+    What the model must see has to be in the batch's completions: to_rate ends them in an
+    end-of-text that is read, where a policy's is only predicted. The preference loss knows
+    differences alone, so the bias is not trained but set (RewardStage.center).
+    """
+
+    def __init__(self, gpt: GPT):
+        super().__init__()
+        self.gpt, self.head = gpt, ScalarHead(gpt.config.n_embd)
+        self.head.bias.requires_grad_(False)
+
+    def forward(self, batch) -> Tensor:
+        """-> (B, K), exactly 0 where no completion is."""
+        rewards = to_cells(self.head(packed_hidden(self.gpt, batch)), batch)
+        last = (batch.scored.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+        return rewards.gather(-1, last)[..., 0]
+
+
+def to_rate(groups: Groups) -> Groups:
+    """The same groups for a model that reads whole completions to rate them: where one ended, the
+    end of text is its last token, and the last token is read, too (as if one more followed)."""
+    return dataclasses.replace(
+        groups,
+        tokens=np.insert(groups.tokens, groups.offsets[1:][groups.ended], groups.eot),
+        offsets=groups.offsets + np.concatenate([[0], np.cumsum(groups.ended)]),
+        ended=groups.is_completion(),
+    )
+
+
+class RewardStage:
+    """A Bradley-Terry reward model: the better of two completions should get the higher number. Of
+    K rated completions every pair with unlike rewards is compared.
+
+    Only differences are learned, so the scale is the data's (log-odds of being preferred) and the
+    zero is set: mean 0 over the completions of up to 64 evenly spaced rows of the training data.
+    """
+
+    spare = 1  # tokens less than block_size that a text may have: the end of text is read, too
+    figures: dict = {}  # noqa: RUF012 - nothing beside what the loss gives
+
+    def __init__(self, s, policy, groups: Groups, held_out: Groups | None):
+        self.s, self.policy = s, policy.wrap(RewardModel(policy.gpt), s)
+        self.groups, self.held_out = (g and to_rate(g) for g in (groups, held_out))
+        for part in filter(None, (self.groups, self.held_out)):
+            set_targets(part)  # only their order counts
+        self.epochs = Epochs(self.groups, s.batch_size, s.seed)
+        self.ids, self.steps = self.epochs.batch, s.steps(self.epochs.n_batches)
+        self.heads = {"head": self.policy.scorer.head}
+
+    def weigh(self, batch) -> int:
+        return len(batch.mask)
+
+    def loss(self, batch) -> tuple[Tensor, dict]:
+        better = exo.preferred(batch.log_target, batch.mask)
+        rewards = self.policy.module(batch)
+        return exo.reward_model_loss(rewards, self.s.label_smoothing, better), {}
+
+    def score(self, groups: Groups, ids=None) -> Tensor:
+        return score(
+            self.policy.module, groups, self.s.at_once, self.policy.device, self.s.dtype, ids
+        )
+
+    def evaluate(self, step: int) -> dict:
+        if step > 0:  # before, all rewards are 0
+            self.center()
+        if self.held_out is None:
+            return {}
+        segment, mask = map(torch.from_numpy, self.held_out.grid(np.arange(len(self.held_out))))
+        rewards = self.score(self.held_out)[segment]
+        target = torch.from_numpy(self.held_out.log_target)[segment]
+        better = exo.preferred(target, mask)
+        present = rewards[mask]
+        return {
+            "loss": exo.reward_model_loss(rewards, self.s.label_smoothing, better).item(),
+            "accuracy": exo.accuracy(rewards, target, mask).item(),
+            "reward": present.mean().item(),
+            "reward_std": present.std().item(),
+        }
+
+    def center(self) -> None:
+        """Set the bias; it has no part in the loss."""
+        some = evenly_spaced(len(self.groups), 64)
+        segment, mask = self.groups.grid(some)
+        rewards = self.score(self.groups, some)[segment[mask]]
+        head = self.policy.scorer.head
+        state = whole_weights(head)
+        load_weights(head, state | {"bias": state["bias"] - rewards.mean().item()})
+
+    def state(self) -> dict:
+        return {}
+
+    def load_state(self, state: dict) -> None:
+        """The head is among the weights."""
+
+
+# ------------------------------------------------------------------------------
+# What --reward names
+
+
+def load_reward(spec: str, device):
+    """What --reward names, as a function of (prompts, completions, ended=None), lists of equal
+    length, that gives the rewards, (N,) float64 on the CPU. ended: whether the end of text followed
+    (None: always); a function of the user's is not told."""
+    if ":" in spec and not Path(spec).exists():
+        return function_reward(spec)
+    ckpt = load_checkpoint(spec)
+    if "head" not in ckpt:
+        stage = ckpt.get("stage", "unknown")
+        raise InputError(f"--reward {spec} is no reward model: its stage is {stage}")
+    return model_reward(ckpt, torch.device(device), spec)
+
+
+def model_reward(ckpt: dict, device, spec: str):
+    """The reward model of a checkpoint. It has an encoding of its own, which need not be the
+    policy's, and computes in float32. Texts that it cannot hold are cut, and counted once."""
+    gpt, encoding = checkpoint_gpt(ckpt, spec), get_encoding(ckpt["encoding"])
+    model = RewardModel(gpt)
+    model.head.load_state_dict(ckpt["head"])
+    model.to(device).eval()
+    said = []
+
+    def reward(prompts: list[str], completions: list[str], ended=None) -> Tensor:
+        report = Report()
+        builder = Builder(gpt.config.block_size - 1, encoding.eot_token, report)
+        ended = ended or [True] * len(prompts)
+        for prompt, completion, whole in zip(prompts, completions, ended, strict=True):
+            ids = map(encoding.encode_ordinary, (prompt, completion))
+            builder.add(next(ids), [next(ids)], ended=whole)
+        if (report.cut_prompts or report.cut_completions) and not said:
+            said.append(True)
+            say(f"--reward {spec} cuts texts to its block_size of {gpt.config.block_size}: here "
+                f"{report.cut_prompts} prompts, {report.cut_completions} completions "
+                f"of {len(prompts)}")  # fmt: skip
+        groups, out = to_rate(builder.groups()), torch.zeros(2 * len(prompts), dtype=torch.float64)
+        for batch, rewards in passes(model, groups, 64, device):
+            out[batch.segment] = rewards.cpu().double()
+        return merge(out)[1::2]  # every group is a prompt and a completion
+
+    return reward
+
+
+def function_reward(spec: str):
+    """A function of the user's, whatever it does wrong said in one sentence."""
+    function = user_function(spec)
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # some functions written in C do not say
+        names = []
+
+    def call(*args, about: str):
+        try:
+            return function(*args)
+        except Exception as error:  # whatever a user's function raises
+            raise InputError(f"--reward {spec}: {describe_error(error)}, for {about}") from error
+
+    def one_by_one(prompts: list[str], completions: list[str], ended=None) -> Tensor:
+        rows = zip(prompts, completions, strict=True)
+        values = [call(prompt, y, about=f"the completion {shorten(y)}") for prompt, y in rows]
+        return checked_rewards(spec, values, completions)
+
+    def all_at_once(prompts: list[str], completions: list[str], ended=None) -> Tensor:
+        n = len(completions)
+        values = call(list(prompts), list(completions), about=f"{n} completions")
+        values = values.tolist() if hasattr(values, "tolist") else values  # an array or a tensor
+        if isinstance(values, str) or not hasattr(values, "__len__"):
+            raise InputError(
+                f"--reward {spec} must return a number for each completion (its second parameter "
+                f"is called completions), got {shorten(values)}"
+            )
+        if len(values) != n:
+            raise InputError(f"--reward {spec} returned {len(values)} rewards for {n} completions")
+        return checked_rewards(spec, list(values), completions)
+
+    reward = all_at_once if names[1:2] == ["completions"] else one_by_one
+    return lambda *args: in_first(reward, *args)  # it may be slow, and need not repeat itself
+
+
+def user_function(spec: str):
+    try:
+        function = load_function(spec, "--reward")
+    except InputError:
+        raise
+    except Exception as error:  # whatever importing a user's module raises
+        raise InputError(f"--reward {spec}: {describe_error(error)}") from error
+    if not callable(function):
+        raise InputError(f"--reward {spec} is no function, but of type {type(function).__name__}")
+    return function
+
+
+def checked_rewards(spec: str, values: list, completions: list[str]) -> Tensor:
+    """(N,) float64."""
+    rewards = list(map(as_number, values))
+    for value, reward, y in zip(values, rewards, completions, strict=True):
+        if not math.isfinite(reward):
+            raise InputError(
+                f"--reward {spec} returned {shorten(value)}, no finite number, "
+                f"for the completion {shorten(y)}"
+            )
+    return torch.tensor(rewards, dtype=torch.float64)
+
+
+def as_number(value) -> float:
+    """Python's, numpy's and torch's numbers as float; NaN for anything else."""
+    if isinstance(value, str | bytes):
+        return math.nan
+    try:
+        return float(value)
+    except Exception:  # whatever a foreign object says to float()
+        return math.nan
+
+
+def describe_error(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return " ".join(text.split())
