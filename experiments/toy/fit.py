@@ -11,11 +11,11 @@ A method is a loss over K completions, who draws them, and what labels them:
     reverse-kl-descent, ...   the exact KL's gradient, from sft, in as many steps: K without end
     reverse-kl, forward-kl    the lowest exact KL that any start has led to (exact_fits)
 
-Temperatures are matched: all share one unrestricted optimum, pi*. With rewards beta_pi = 1 and
-beta_r = beta; with pairs beta_pi = beta, which makes pi* dpo-pref's optimum at label_smoothing 0.
-For exo-pref label_smoothing sets the temperature: sigmoid(-2) = 0.119 matches Bradley-Terry near
-P = 1/2; exo-pref-1e-3 has the paper's. A step shows all methods the same draws from sft (own draws:
-the same uniforms), whatever K. Equal draws, not equal labels: a pair has one label for two draws.
+Temperatures are matched: all but exo-pref share one unrestricted optimum, pi*. With rewards
+beta_pi = 1 and beta_r = beta; with pairs beta_pi = beta, so that dpo-pref's at label_smoothing 0 is
+pi*. For exo-pref label_smoothing sets the temperature: sigmoid(-2) = 0.119 matches Bradley-Terry
+near P = 1/2; exo-pref-1e-3 has the paper's. A step shows all methods the same draws from sft (own
+draws: the same uniforms), whatever K. Equal draws, not equal labels: a pair has one for two draws.
 """
 
 import itertools
@@ -50,16 +50,16 @@ class Method(NamedTuple):
     label_smoothing: float | None = None  # of pairs; None: rewards
 
 
-MATCHED = 1 / (1 + math.exp(2))  # see the top of the file
+MATCHED_EPS = 1 / (1 + math.exp(2))  # see the top of the file
 METHODS = {
     "exo-rw": Method(exo.exo_loss),
     "dpo-rw": Method(exo.dpo_loss),
-    "exo-pref": Method(exo.exo_loss, label_smoothing=MATCHED),
+    "exo-pref": Method(exo.exo_loss, label_smoothing=MATCHED_EPS),
     "exo-pref-1e-3": Method(exo.exo_loss, label_smoothing=1e-3),
     "dpo-pref": Method(exo.dpo_loss, label_smoothing=0.0),
     "exo-online": Method(exo.exo_loss, on_policy=True),
     "dpo-online": Method(exo.dpo_loss, on_policy=True),
-    "exo-online-pref": Method(exo.exo_loss, on_policy=True, label_smoothing=MATCHED),
+    "exo-online-pref": Method(exo.exo_loss, on_policy=True, label_smoothing=MATCHED_EPS),
     "dpo-online-pref": Method(exo.dpo_loss, on_policy=True, label_smoothing=0.0),
     "rloo": Method(rloo_loss, on_policy=True),
 }
