@@ -838,6 +838,9 @@ def main(argv: list[str] | None = None) -> int:
         with processes(s.device) as device:
             set_precision(s.dtype, device)
             return fit(s, make_stage(s, device))
+    except KeyboardInterrupt:  # the toy, before the first step, or a second Ctrl-C
+        say("train.py: stopped before it could save", sys.stderr)
+        return 130
     except InputError as error:
         complain("train.py", error)
         return 2

@@ -9,11 +9,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from infra.rows import replacing
 
@@ -61,14 +62,16 @@ def in_parallel(job: Callable, jobs: list[tuple]) -> list:
     with ProcessPoolExecutor(len(jobs), mp_context=get_context("spawn"), **start) as pool:
         try:
             return [future.result() for future in [pool.submit(job, *args) for args in jobs]]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:  # the exit of a pool waits for jobs that run, so they are ended
+            for worker in active_children():
+                worker.terminate()
             raise
 
 
 def start_worker(parent: int) -> None:
     """One torch thread; and a watch that ends this worker with its parent, however that went."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that a worker ended early leaves
 
     def watch() -> None:
         while os.getppid() == parent:

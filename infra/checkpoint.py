@@ -6,12 +6,13 @@ Run folders: what a run leaves, how it is read again, and how it goes on.
     metrics.jsonl   a record a line
 
 A checkpoint is a dict of tensors, numbers and strings: {model, config, encoding, temperature,
-stage, head (of a reward model)}; ckpt.pt has {step, evaluated, best, optimizer, task} beside these.
-It knows nothing of processes: what many sharded processes saved one process loads.
+stage, head (of a reward model)}; ckpt.pt has {step, evaluated, best, optimizer, task, sft}
+beside these. It knows nothing of processes: what many sharded processes saved one process loads.
 """
 
 import json
 import math
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from model import GPT, GPTConfig
 
 FILES = {"last": "ckpt.pt", "best": "best.pt"}  # what --which chooses from
 HINT = "give --resume, --overwrite or another --out"
+GO_ON = ("step", "evaluated", "best", "optimizer", "task", "sft")  # beside weights, to resume
 FREE = {  # flags that may change when a run goes on: the mathematics stays
     *("out", "resume", "overwrite", "device", "compile", "fsdp", "threads"),
     *("micro_batch_size", "gradient_checkpointing", "max_iters", "epochs", "log_interval"),
@@ -40,6 +42,9 @@ def load_checkpoint(path: str | Path, which: str = "last") -> dict:
     if not file.is_file():
         raise InputError(f"no checkpoint at {file}")
     try:
+        with open(file, "rb") as content:
+            if not zipfile.is_zipfile(content):
+                raise ValueError("no file of torch.save, or a damaged one")
         ckpt = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if not {"model", "config", "encoding", "temperature"} <= set(ckpt):
             raise KeyError("not a checkpoint of this project")
@@ -121,11 +126,23 @@ def load_run(out: Path, settings: dict) -> dict:
     """The checkpoint of the run to resume, whose settings must be these."""
     if not (out / "settings.json").is_file() or not (out / "ckpt.pt").is_file():
         raise InputError(f"--resume: {out} holds no run with a checkpoint")
-    before = json.loads((out / "settings.json").read_text(encoding="utf-8"))
-    changed = [k for k, v in before.items() if k not in FREE and settings.get(k) != v]
+    try:
+        before = dict(json.loads((out / "settings.json").read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--resume: cannot read {out / 'settings.json'}: {error}") from error
+    if gone := [k for k in before if k not in settings]:
+        raise InputError(
+            f"--resume: the run in {out} was made by other code, which knew --{', --'.join(gone)}: "
+            "only that code can go on with it; as --init it may still do"
+        )
+    changed = [k for k, v in before.items() if k not in FREE and settings[k] != v]
     if changed:
         raise InputError(f"--resume: the run in {out} has another --{', --'.join(changed)}")
-    return load_checkpoint(out)
+    ckpt = load_checkpoint(out)
+    if lacks := [k for k in GO_ON if k not in ckpt]:
+        said = f"--resume: {out / 'ckpt.pt'} lacks {', '.join(lacks)}: only --init can use it"
+        raise InputError(said)
+    return ckpt
 
 
 def open_run(out: Path, settings: dict) -> None:

@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import multiprocessing
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -344,6 +346,15 @@ def test_a_worker_ends_with_its_parent(tmp_path):
     """A job's failure is the run's, and no process outlives it."""
     with pytest.raises(ZeroDivisionError):
         common.in_parallel(divmod, [(1, 0), (1, 1)])
+
+
+def test_a_failure_does_not_wait_for_the_other_workers():
+    """As Ctrl-C in `python train.py`, whose workers may have a minute to go."""
+    with pytest.raises(TypeError):
+        common.in_parallel(time.sleep, [("no number",), (60,)])
+    for worker in multiprocessing.active_children():
+        worker.join(10)
+    assert not multiprocessing.active_children()
 
 
 # --------------------------------------------------------------------------------------------------

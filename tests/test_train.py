@@ -476,6 +476,33 @@ def test_the_best_weights_can_be_chosen(files, tmp_path):
     assert texts[0] != texts[1]
 
 
+def test_a_run_of_other_code_or_without_its_state_resumes_to_a_sentence(files, tmp_path, capsys):
+    """Flags that are gone are not the user's mistake; weights alone are no run."""
+    out = tmp_path / "run"
+    assert preference("dpo", files, out) == 0
+    settings, text = out / "settings.json", (out / "settings.json").read_text()
+    settings.write_text(json.dumps(json.loads(text) | {"cache": ""}))
+    assert preference("dpo", files, out, "--resume") == 2
+    assert "was made by other code, which knew --cache" in capsys.readouterr().err
+    for broken in (text[: len(text) // 2], "[1]"):
+        settings.write_text(broken)
+        assert preference("dpo", files, out, "--resume") == 2
+        assert f"cannot read {settings}" in capsys.readouterr().err
+    settings.write_text(text)
+    (out / "best.pt").replace(out / "ckpt.pt")
+    assert preference("dpo", files, out, "--resume") == 2
+    assert "lacks evaluated, best, optimizer, task, sft" in capsys.readouterr().err
+
+
+def test_an_interrupt_where_nothing_can_be_saved_is_one_line(files, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "make_stage", interrupted)
+    assert preference("dpo", files, tmp_path / "run") == 130
+    assert capsys.readouterr().err == "train.py: stopped before it could save\n"
+
+
 def test_a_run_is_not_overwritten_by_accident(files, tmp_path, capsys):
     assert preference("dpo", files, tmp_path / "run") == 0
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
@@ -547,7 +574,7 @@ def test_wrong_data_is_named_with_file_and_line(rows, said, files, tmp_path, cap
         (["sft"], "sft needs --data"),
         (["exo", "--data", "PAIRS"], "exo needs --init"),
         (["exo", "--data", "PAIRS", "--init", "nowhere"], "no checkpoint at nowhere"),
-        (["exo", "--data", "PAIRS", "--init", "PAIRS"], "cannot read the checkpoint"),
+        (["exo", "--data", "PAIRS", "--init", "PAIRS"], "no file of torch.save"),
         (["exo", "--data", "PAIRS", "--init", "SFT", "--label_smoothing", "0"], "infinite"),
         (["dpo", "--data", "PAIRS", "--init", "SFT", "--label_smoothing", "0.5"], "eps < 0.5"),
         (["kto", "--data", "PAIRS", "--init", "SFT"], "invalid choice: 'kto'"),
