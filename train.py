@@ -570,9 +570,11 @@ class Preference:
 
 def preference_figures(ratio: Tensor, log_target: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Means over groups, so that micro-batches add up. ratio: (B, K) log pi - log sft. Accuracy is
-    of the best completion against the worst; a tie is half."""
+    of the best completion against the worst; a tie is half, and so is what may be rounding: before
+    the first step all are ties, whichever batch they were computed in."""
     chosen, rejected = (ratio.gather(1, k)[:, 0] for k in best_and_worst(log_target, mask))
-    right = (chosen > rejected).to(ratio) + (chosen == rejected).to(ratio) / 2
+    gap = chosen - rejected
+    right = (gap > 1e-4).to(ratio) + (gap.abs() <= 1e-4).to(ratio) / 2
     figures = {"accuracy": right, "chosen_logratio": chosen, "rejected_logratio": rejected}
     return {name: x.mean() for name, x in figures.items()}
 
