@@ -342,8 +342,8 @@ def test_without_matplotlib_one_line_and_all_numbers(tmp_path, monkeypatch, caps
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_a_worker_ends_with_its_parent(tmp_path):
-    """A job's failure is the run's, and no process outlives it."""
+def test_a_jobs_failure_is_the_runs():
+    """The error that a worker met is raised here, as it was."""
     with pytest.raises(ZeroDivisionError):
         common.in_parallel(divmod, [(1, 0), (1, 1)])
 

@@ -239,6 +239,16 @@ def test_warns_when_the_chosen_fall(files, tmp_path, capsys):
     assert "step 8" not in printed
 
 
+def test_what_may_be_rounding_is_a_tie():
+    """Before the first step policy and reference are equal but for the batches they were computed
+    in: half, not whatever the last bits say. A real lead counts in full."""
+    target = torch.tensor([[0.9, 0.1]]).log()
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    for lead, accuracy in ((0.0, 0.5), (2e-5, 0.5), (-2e-5, 0.5), (1e-3, 1.0), (-1e-3, 0.0)):
+        figures = train.preference_figures(torch.tensor([[lead, 0.0]]), target, mask)
+        assert figures["accuracy"].item() == accuracy
+
+
 def test_accuracy_counts_pairs_with_unlike_targets():
     """Three completions, rewards 0, 1, 1: two comparable pairs; one ordered alike, one tied."""
     target = torch.tensor([[0.0, 1.0, 1.0]])
