@@ -127,8 +127,11 @@ class Groups:
         return np.where(mask, start[:, None] + column, 0), mask
 
     def sizes(self) -> np.ndarray:
-        """(G,) tokens of each group, its prompt counted once."""
-        return self.offsets[self.first[1:]] - self.offsets[self.first[:-1]]
+        """(G,) cells that each group fills in a batch: its prompt once, and as many times as it has
+        completions the longest of these."""
+        size, count = np.diff(self.offsets), np.diff(self.first) - 1
+        longest = np.maximum.reduceat(np.where(self.is_completion(), size, 0), self.first[:-1])
+        return size[self.first[:-1]] + count * longest
 
     def lengths(self) -> np.ndarray:
         """(M,) scored tokens of each completion, its end of text among them."""
@@ -265,19 +268,14 @@ def set_targets(groups: Groups, beta_r: float = 1.0, label_smoothing: float = 0.
 
 
 class Batch(NamedTuple):
-    """B groups without padding, as model.Scorer reads them: L tokens in one list, the B prefixes
-    (prompt[:-1]), then the B*K completions ([prompt[-1]] + completion), then at least one spare
-    token, which fills every padded cell and is never scored. Attention alone needs the padded
-    cells."""
+    """B groups as model.Scorer reads them: prefixes (prompt[:-1]) and completions, both padded on
+    the right."""
 
-    idx: torch.Tensor  # (L,) token ids
-    pos: torch.Tensor  # (L,) positions in their own text
-    targets: torch.Tensor  # (S,) what follows each completion token; spare tokens carry any id
-    prefix_cells: torch.Tensor  # (B, P) which token sits in each cell of the prefixes; P may be 0
-    cells: torch.Tensor  # (B, K, T) the same for the completions; the last cell is always padding
-    home: torch.Tensor  # (L,) cell of each token among the B*P + B*K*T; of spare ones: the last
-    prefix_len: torch.Tensor  # (B,) prefix tokens of each group
-    scored: torch.Tensor  # (B, K, T) bool: True where a cell holds a scored token
+    prefix: torch.Tensor  # (B, P) token ids; P may be 0
+    prefix_len: torch.Tensor  # (B,) how many of them are real
+    idx: torch.Tensor  # (B, K, T) what completions read: [prompt[-1]] + completion
+    targets: torch.Tensor  # (B, K, T) what they predict: completion + [end of text]; -1: not scored
+    scored: torch.Tensor  # (S,) which of the B*K*T are scored; rounded up with one that is not
     mask: torch.Tensor  # (B, K) bool: True where a completion exists
     segment: torch.Tensor  # (B, K) its row in arrays kept beside the Groups (0 where absent)
     log_target: torch.Tensor  # (B, K) log p, 0 where absent or not set
@@ -289,14 +287,17 @@ class Batch(NamedTuple):
         moved = zip(self, kinds, strict=True)
         return Batch(*(x.to(device, kind, non_blocking=non_blocking) for x, kind in moved))
 
+    def lengths(self) -> torch.Tensor:
+        """(B, K) scored tokens of each completion, its end of text among them."""
+        return (self.targets >= 0).sum(dim=-1)
 
-def ragged_arange(lengths: np.ndarray) -> np.ndarray:
-    """[2, 3] -> [0, 1, 0, 1, 2]."""
-    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    def n_tokens(self) -> int:
+        """Tokens that are read, padding aside."""
+        return int(self.prefix_len.sum() + self.lengths().sum())
 
 
 def collate(groups: Groups, ids: np.ndarray, round_to: int = 1) -> Batch:
-    """The groups with these ids as one batch. round_to: P, T and L become multiples of it, so that
+    """The groups with these ids as one batch. round_to: P, T and S become multiples of it, so that
     a compiled step or a GPU's allocator meets few shapes."""
 
     def rounded(n: int) -> int:
@@ -304,48 +305,36 @@ def collate(groups: Groups, ids: np.ndarray, round_to: int = 1) -> Batch:
 
     ids = np.asarray(ids)
     segment, mask = groups.grid(ids)
-    (B, K), prompt = segment.shape, groups.first[ids]
-    prefix_len = groups.offsets[prompt + 1] - groups.offsets[prompt] - 1
-    length = groups.offsets[segment + 1] - groups.offsets[segment]  # (B, K)
-    inputs = np.where(mask, length + groups.ended[segment], 0)  # (B, K) tokens read = scored
-    P, T = rounded(int(prefix_len.max())), rounded(int(inputs.max()) + 1)
-    n_prefix, n = int(prefix_len.sum()), int(prefix_len.sum() + inputs.sum())
-    L = rounded(n + 1)
-
-    # where every token lies: row and column in the padded cells, and place in the flat store
-    row, col = np.repeat(np.arange(B), prefix_len), ragged_arange(prefix_len)
-    c_row, c_col = np.repeat(np.arange(B * K), inputs.ravel()), ragged_arange(inputs.ravel())
-    start = groups.offsets[segment].ravel()[c_row]
-    last_of_prompt = groups.offsets[prompt + 1][c_row // K] - 1
-    at_end = c_col == length.ravel()[c_row]
-
-    idx, pos = np.zeros(L, np.int64), np.zeros(L, np.int64)
-    idx[:n_prefix] = groups.tokens[groups.offsets[prompt][row] + col]
-    idx[n_prefix:n] = groups.tokens[np.where(c_col == 0, last_of_prompt, start + c_col - 1)]
-    pos[:n_prefix], pos[n_prefix:n] = col, prefix_len[c_row // K] + c_col
-    targets = np.zeros(L - n_prefix, np.int64)
-    where = np.minimum(start + c_col, len(groups.tokens) - 1)
-    targets[: n - n_prefix] = np.where(at_end, groups.eot, groups.tokens[where])
-
-    home = np.full(L, B * P + B * K * T - 1, np.int64)
-    home[:n_prefix], home[n_prefix:n] = row * P + col, B * P + c_row * T + c_col
-    cells = np.full(B * P + B * K * T, L - 1, np.int64)
-    cells[home[:n]] = np.arange(n)
+    prompt, end = groups.first[ids], groups.offsets[1:]
+    length = np.where(mask, np.diff(groups.offsets)[segment], 0)  # (B, K)
+    n_scored = np.where(mask, groups.lengths()[segment], 0)  # (B, K)
+    prefix_len = np.diff(groups.offsets)[prompt] - 1
+    P, T = rounded(int(prefix_len.max())), rounded(int(n_scored.max()))
+    completion = padded(groups, segment, length, T)  # (B, K, T)
+    last = np.broadcast_to(groups.tokens[end[prompt] - 1][:, None, None], (*mask.shape, 1))
+    scored = np.arange(T) < n_scored[..., None]
+    is_word = np.arange(T) < length[..., None]
+    cells = np.flatnonzero(scored)
+    spare = rounded(len(cells)) - len(cells)  # where all cells are scored, it is 0
     arrays = {
-        "idx": idx,
-        "pos": pos,
-        "targets": targets,
-        "prefix_cells": cells[: B * P].reshape(B, P),
-        "cells": cells[B * P :].reshape(B, K, T),
-        "home": home,
+        "prefix": padded(groups, prompt, prefix_len, P),
         "prefix_len": prefix_len,
-        "scored": np.arange(T) < inputs[:, :, None],
+        "idx": np.concatenate([last, completion[..., :-1]], axis=-1),
+        "targets": np.where(is_word, completion, np.where(scored, groups.eot, -1)),
+        "scored": np.append(cells, np.full(spare, scored.argmin())),
         "mask": mask,
         "segment": segment,
         "log_target": beside(groups.log_target, segment, mask),
         "ref_logps": beside(groups.ref_logps, segment, mask),
     }
     return Batch(**{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()})
+
+
+def padded(groups: Groups, segment: np.ndarray, length: np.ndarray, width: int) -> np.ndarray:
+    """The first `length` tokens of each segment (...), int64 (..., width), 0 where padding."""
+    column = np.arange(width)
+    where = np.minimum(groups.offsets[segment][..., None] + column, len(groups.tokens) - 1)
+    return np.where(column < length[..., None], groups.tokens[where], 0).astype(np.int64)
 
 
 def beside(values: np.ndarray | None, segment: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -3,9 +3,9 @@ GPT-2 by hand: pre-norm blocks, learned positions, GELU (tanh), tied head. No dr
 optimization compares two models on the same tokens, and log-ratios must start at exactly 0.
 
 The idea of this file is that **completions share prefixes**. All linear work (embedding,
-projections, MLP, head) treats tokens one by one, so tokens come as one flat, unpadded list; only
-attention needs to know who reads whom. That knowledge is an object with one method, `attend(layer,
-qkv) -> y`, and there are two of them:
+projections, MLP, head) treats tokens one by one, so tokens come as one flat list; only attention
+needs to know who reads whom. That knowledge is an object with one method, `attend(layer, qkv) ->
+y`, and there are two of them:
 
     Tree    levels of rows, where each row of a level continues one row of the level above and
             attends to its keys and values, which stay differentiable. One level is a plain batch;
@@ -15,7 +15,8 @@ qkv) -> y`, and there are two of them:
 
 Prefix contract: the prefix is prompt[:-1]; a completion reads [prompt[-1]] + completion and
 predicts completion + [end of text]. Padding is on the right, positions are per row, and a query
-always sees at least itself.
+always sees at least itself. Padding is computed by the trunk (batches hold groups of similar size),
+never by the head.
 """
 
 import math
@@ -48,63 +49,36 @@ class GPTConfig:
 # Who attends to whom
 
 
-class _Move(torch.autograd.Function):
-    """x[there] along axis 0, where `back` undoes it: the backward pass is a gather too, not a
-    scatter-add.
-
-    Padding makes `there` repeat the spare token and `back` repeat the last cell. Both carry zero
-    gradient: nothing reads the spare token's result, and nobody attends to padding.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return x.index_select(0, there)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
-
-
 class Tree:
     """Attention over levels of rows. `shapes`: (rows, time) of each level, from the root down; the
     rows of a level split evenly over the rows above it and attend to them (and to all their
     ancestors).
 
     masks: for each level None (causal, sees all ancestors) or (rows, 1, time, ancestors + time),
-    bool or added to the scores. cells, home: how tokens fill the padded cells and return from them;
-    None where nothing is padded.
+    bool or added to the scores.
     """
 
-    def __init__(self, n_head: int, shapes: list, masks: list | None = None, cells=None, home=None):
-        self.n_head, self.shapes, self.cells, self.home = n_head, shapes, cells, home
+    def __init__(self, n_head: int, shapes: list, masks: list | None = None):
+        self.n_head, self.shapes = n_head, shapes
         self.masks = masks or [None] * len(shapes)
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        """qkv (L, 3C) of one layer -> y (L, C)."""
-        if self.cells is not None:
-            qkv = _Move.apply(qkv, self.cells, self.home)
+        """qkv (L, 3C) of one layer, level after level -> y (L, C)."""
         out, past = [], None
         levels = qkv.split([rows * time for rows, time in self.shapes])
         for level, (rows, time), mask in zip(levels, self.shapes, self.masks, strict=True):
             level = level.view(rows, time, 3, self.n_head, -1)
             q, k, v = level.permute(2, 0, 3, 1, 4)  # (rows, n_head, time, head size) each
-            if past is None:
-                y = F.scaled_dot_product_attention(
-                    q, k, v, mask, is_causal=mask is None and time > 1
-                )
-            else:
-                k, v = (
-                    torch.cat([repeat_rows(a, rows), b], 2)
-                    for a, b in zip(past, (k, v), strict=True)
-                )
+            if past is not None:
+                k = torch.cat([repeat_rows(past[0], rows), k], dim=2)  # (..., ancestors + time, ...)
+                v = torch.cat([repeat_rows(past[1], rows), v], dim=2)
                 if mask is None and time > 1:
                     mask = causal_mask(time, k.size(2), q.device)
-                y = F.scaled_dot_product_attention(q, k, v, mask)
+            causal = past is None and mask is None and time > 1
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
             past = k, v
             out.append(y.transpose(1, 2).reshape(rows * time, -1))
-        y = torch.cat(out) if len(out) > 1 else out[0]
-        return y if self.cells is None else _Move.apply(y, self.home, self.cells)
+        return torch.cat(out) if len(out) > 1 else out[0]
 
 
 class Cache:
@@ -388,8 +362,7 @@ def only_possible(
 
 
 class Scorer(nn.Module):
-    """Log-probs of the completions of a packed batch. Wrappers (DDP, fully_shard, compile) wrap
-    this.
+    """Log-probs of the completions of a data.Batch. Wrappers (DDP, fully_shard, compile) wrap this.
 
     temperature divides the logits, as in sampling: pi is the distribution that samples are drawn
     from.
@@ -402,8 +375,9 @@ class Scorer(nn.Module):
     def forward(self, batch) -> Tensor:
         """-> log pi of every completion token, (B, K, T), exactly 0 where nothing is scored. Sum
         over T for (B, K)."""
-        x = packed_hidden(self.gpt, batch)
-        return to_cells(token_logps(x, self.gpt.wte.weight, batch.targets, self.temperature), batch)
+        x = scored_hidden(self.gpt, batch)  # (S, C)
+        targets = batch.targets.flatten()[batch.scored].clamp(min=0)  # (S,)
+        return to_grid(token_logps(x, self.gpt.wte.weight, targets, self.temperature), batch)
 
 
 class ScalarHead(nn.Module):
@@ -419,88 +393,78 @@ class ScalarHead(nn.Module):
         return (x * self.weight).sum(dim=-1) + self.bias
 
 
-def to_cells(x: Tensor, batch) -> Tensor:
-    """A number per completion token (S,) -> (B, K, T), exactly 0 where nothing is scored."""
-    first = batch.prefix_cells.numel()
-    n_prefix = len(batch.idx) - len(batch.targets)
-    # the same move as in attention, over the completions alone
-    cells, home = batch.cells.flatten() - n_prefix, batch.home[n_prefix:] - first
-    return _Move.apply(x, cells, home).view(batch.cells.shape).masked_fill(~batch.scored, 0.0)
-
-
-def packed_hidden(gpt: GPT, batch) -> Tensor:
-    """Features (S, C) of the completion tokens (spare ones included), each group's prompt computed
+def scored_hidden(gpt: GPT, batch) -> Tensor:
+    """Features (S, C) of the completion tokens that are scored, each group's prompt computed
     once."""
-    (B, P), (_, K, T) = batch.prefix_cells.shape, batch.cells.shape
-    shapes, masks = [(B * K, T)], [None]
-    if P:
-        seen = torch.arange(P, device=batch.idx.device) < batch.prefix_len[:, None]  # (B, P)
-        seen = repeat_rows(seen, B * K)[:, None, None].expand(-1, -1, T, -1)
-        own = causal_mask(T, T, batch.idx.device).expand(B * K, 1, T, T)
-        shapes, masks = [(B, P), *shapes], [None, torch.cat([seen, own], dim=-1)]
-        masks[1] = additive(masks[1], compute_dtype(gpt.wte.weight))
-    cells = torch.cat([batch.prefix_cells.flatten(), batch.cells.flatten()])
-    tree = Tree(gpt.config.n_head, shapes, masks, cells, batch.home)
-    return gpt.hidden(batch.idx, batch.pos, tree)[len(batch.idx) - len(batch.targets) :]
+    (B, P), (_, K, T) = batch.prefix.shape, batch.idx.shape
+    device, n_head = batch.idx.device, gpt.config.n_head
+    time = torch.arange(max(P, T), device=device)
+    pos = (batch.prefix_len[:, None] + time[:T]).clamp(max=gpt.config.block_size - 1)  # (B, T)
+    idx, pos = batch.idx.flatten(), repeat_rows(pos, B * K).flatten()  # (B*K*T,)
+    if P == 0:
+        return gpt.hidden(idx, pos, Tree(n_head, [(B * K, T)])).index_select(0, batch.scored)
+    seen = (time[:P] < batch.prefix_len[:, None])[:, None].expand(-1, T, -1)  # (B, T, P)
+    mask = torch.cat([seen, causal_mask(T, T, device).expand(B, -1, -1)], dim=-1)  # (B, T, P + T)
+    mask = additive(repeat_rows(mask, B * K)[:, None], compute_dtype(gpt.wte.weight))
+    tree = Tree(n_head, [(B, P), (B * K, T)], [None, mask])
+    idx = torch.cat([batch.prefix.flatten(), idx])
+    pos = torch.cat([time[:P].repeat(B), pos])
+    return gpt.hidden(idx, pos, tree)[B * P :].index_select(0, batch.scored)
 
 
-CHUNK = {"cpu": 2**21, "cuda": 2**26}  # logits held at once: in a CPU's cache, or a GPU's 256 MB
+def to_grid(x: Tensor, batch) -> Tensor:
+    """A number per scored token (S,) -> (B, K, T), exactly 0 where nothing is scored."""
+    spare = batch.targets.flatten()[batch.scored] < 0
+    grid = x.new_zeros(batch.targets.numel())
+    return grid.index_add(0, batch.scored, x.masked_fill(spare, 0.0)).view(batch.targets.shape)
 
 
 def token_logps(x: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(x W^T / temperature)[target]: features (S, C), W (V, C), targets (S,) -> (S,),
-    float32 or float64.
-
-    Large vocabularies, and factors in bfloat16, go through ChunkedLogps, which never holds S * V
-    logits; the others through autograd.
-    """
+    float32 or float64. Never holds S * V logits."""
     dtype = compute_dtype(weight)
     x = x if temperature == 1 else x / temperature  # C numbers a row instead of V
-    x, weight = x.to(dtype), weight.to(dtype)
-    if len(targets) * len(weight) > chunk_size(x.device) or dtype != wide(dtype):
-        return ChunkedLogps.apply(x, weight, targets)
-    logits = F.linear(x, weight)
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)
+    return ChunkedLogps.apply(x.to(dtype), weight.to(dtype), targets)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def wide_logits(x: Tensor, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
+def wide_logits(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """x W^T (S, V) in float32 at least, whatever the factors are: GPT-2's logits lie near -80,
-    where bfloat16 has steps of a half. buffer: of S * V numbers, to write to."""
-    shape, kind = (len(x), len(weight)), wide(x.dtype)
-    if x.is_cuda and x.dtype != kind:
-        return torch.mm(x, weight.T, out_dtype=kind)
-    out = x.new_empty(shape, dtype=kind) if buffer is None else buffer.view(shape)
-    return torch.mm(x.to(kind), weight.T.to(kind), out=out)  # with `out` autocast leaves it alone
+    where bfloat16 has steps of a half."""
+    dtype = wide(x.dtype)
+    if x.is_cuda and x.dtype != dtype:
+        return torch.mm(x, weight.T, out_dtype=dtype)
+    out = x.new_empty(len(x), len(weight), dtype=dtype) if out is None else out
+    return torch.mm(x.to(dtype), weight.T.to(dtype), out=out)  # with `out` autocast leaves it alone
 
 
-def chunk_size(device: torch.device) -> int:
-    return CHUNK.get(device.type, CHUNK["cpu"])
+CHUNK = 4096  # words of the vocabulary whose logits are held at once
 
 
 class ChunkedLogps(torch.autograd.Function):
     """token_logps by parts of the vocabulary, one after the other in the same small buffer: the
     forward pass keeps each row's logsumexp (updated part by part), the backward pass computes the
     logits again and writes each part of W's gradient once. Inputs come in autocast's dtype already,
-    so both passes multiply in it; logits and sums are float32 at least."""
+    so both passes multiply in it; logits and sums are float32 at least.
+
+    (Checkpointed chunks of rows, a tenth of the code, took 1.3 to 1.5 times as long for a step of
+    the benchmark's `head`, and 1.4 times the memory.)
+    """
 
     @staticmethod
     def parts(x: Tensor, weight: Tensor, targets: Tensor):
-        """(part of the vocabulary, logits (S, words) in float32 at least, column of each row's
-        target, whether the target is in this part)."""
-        words = min(max(1, chunk_size(x.device) // len(x)), len(weight))
-        words -= words % 64 if words > 64 else 0  # whole tiles of a GPU's matmul
-        buffer = x.new_empty(len(x) * words, dtype=wide(x.dtype))
-        for start in range(0, len(weight), words):
-            part = slice(start, min(start + words, len(weight)))
-            n = part.stop - start
-            logits = wide_logits(x, weight[part], buffer[: len(x) * n])
+        """(first word, logits (S, words) in float32 at least, column of each row's target, whether
+        the target is in this part)."""
+        buffer = x.new_empty(len(x) * min(CHUNK, len(weight)), dtype=wide(x.dtype))
+        for start in range(0, len(weight), CHUNK):
+            part = weight[start : start + CHUNK]
+            logits = wide_logits(x, part, buffer[: len(x) * len(part)].view(len(x), len(part)))
             column = targets - start
-            inside = (column >= 0) & (column < n)
-            yield part, logits, column.clamp(0, n - 1)[:, None], inside[:, None]
+            inside = (column >= 0) & (column < len(part))
+            yield start, logits, column.clamp(0, len(part) - 1)[:, None], inside[:, None]
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -515,16 +479,15 @@ class ChunkedLogps(torch.autograd.Function):
         return (picked - lse)[:, 0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, targets, lse = ctx.saved_tensors
         grad = grad[:, None]
         gx, dw = (grad * x).to(x.dtype), torch.empty_like(weight)
         dx = torch.zeros(x.shape, dtype=lse.dtype, device=x.device)
-        for part, logits, column, inside in ChunkedLogps.parts(x, weight, targets):
+        for start, logits, column, inside in ChunkedLogps.parts(x, weight, targets):
             # d logp / d logits = onehot(target) - softmax
             d = logits.sub_(lse).exp_().scatter_add_(1, column, -inside.to(lse.dtype))
             d = d.to(x.dtype)
-            dx -= d @ weight[part]
-            torch.mm(d.T, gx, out=dw[part])
+            dx -= d @ weight[start : start + CHUNK]
+            torch.mm(d.T, gx, out=dw[start : start + CHUNK])
         return (dx * grad).to(x.dtype), dw.neg_(), None

@@ -449,10 +449,10 @@ class SFT:
         self.figures, self.heads = {}, {}
 
     def weigh(self, batch) -> int:
-        return int(batch.scored.sum())
+        return int(batch.lengths().sum())
 
     def loss(self, batch) -> tuple[Tensor, dict]:
-        return -self.policy.module(batch).sum() / batch.scored.sum(), {}
+        return -self.policy.module(batch).sum() / batch.lengths().sum(), {}
 
     def evaluate(self, step: int) -> dict:
         if self.held_out is None:
@@ -514,12 +514,12 @@ class Preference:
 
     def loss(self, batch) -> tuple[Tensor, dict]:
         logps = self.policy.module(batch).sum(-1)  # (B, K)
-        loss = self.compare(logps, batch.ref_logps, batch.log_target, batch.mask, batch.scored)
+        loss = self.compare(logps, batch.ref_logps, batch.log_target, batch.mask, batch.lengths())
         ratio = logps.detach() - batch.ref_logps
         return loss, preference_figures(ratio, batch.log_target, batch.mask)
 
     def compare(self, logps, ref_logps, log_target, mask, scored) -> Tensor:
-        more = {"lengths": scored.sum(-1)} if self.s.needs.lengths else {}
+        more = {"lengths": scored} if self.s.needs.lengths else {}
         return self.loss_fn(logps, ref_logps, log_target, self.s.beta_pi, mask, **more)
 
     def evaluate(self, step: int) -> dict:
@@ -546,7 +546,7 @@ class Preference:
         logps = score(policy.module, groups, s.at_once, policy.device, s.dtype)[segment]
         ref, target = (torch.from_numpy(x)[segment] for x in (groups.ref_logps, groups.log_target))
         length = torch.from_numpy(groups.lengths())[segment] * mask
-        loss = self.compare(logps, ref, target, mask, length[..., None])
+        loss = self.compare(logps, ref, target, mask, length)
         figures = preference_figures(logps - ref, target, mask)
         result = {"loss": loss, "accuracy": exo.accuracy(logps - ref, target, mask)}
         gap = figures["chosen_logratio"] - figures["rejected_logratio"]
@@ -749,7 +749,7 @@ def update(s: Settings, stage, optimizer, ids: np.ndarray, rate: float):
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, norm, (len(mine), sum(len(b.idx) for b in micro)), sums
+    return loss, norm, (len(mine), sum(b.n_tokens() for b in micro)), sums
 
 
 def move(batch, policy: Policy):

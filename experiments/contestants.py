@@ -252,7 +252,7 @@ def forward_flops(config: GPTConfig, tokens: int, seen: int, scored: int) -> int
 
 def train_flops(config: GPTConfig, batch) -> int:
     """Of a step on this batch: the backward pass is twice the forward."""
-    P, n = batch.prefix_len, batch.scored.sum(-1)  # (B,), (B, K) tokens read = scored
+    P, n = batch.prefix_len, batch.lengths()
     seen = (P * (P + 1) // 2).sum() + (n * P[:, None] + n * (n + 1) // 2).sum()
     tokens = (P.sum() + n.sum()).item()
     return 3 * forward_flops(config, tokens, seen.item(), n.sum().item())

@@ -224,7 +224,7 @@ class OnlineStage:
 
     def loss(self, batch) -> tuple[Tensor, dict]:
         logps = self.policy.module(batch).sum(-1)  # (B, K)
-        more = {"lengths": batch.scored.sum(-1)} if self.needs.lengths else {}
+        more = {"lengths": batch.lengths()} if self.needs.lengths else {}
         loss = self.loss_fn(
             logps, batch.ref_logps, batch.log_target, self.s.beta_pi, batch.mask, **more
         )

@@ -25,7 +25,7 @@ from torch import Tensor
 from data import Groups
 from infra.parallel import autocast, load_weights, merge, passes, rounding, weights_to_save
 from methods.online import Rounds
-from model import GPT, ScalarHead, Scorer, packed_hidden, to_cells
+from model import GPT, ScalarHead, Scorer, scored_hidden, to_grid
 
 # ------------------------------------------------------------------------------
 # The loss: tensors (..., T); `scored` is True where a token is
@@ -111,7 +111,7 @@ class ActorCritic(torch.nn.Module):
     def forward(self, batch) -> tuple[Tensor, Tensor]:
         """-> log pi of every completion token, and the value of the text before it; both (B, K, T),
         exactly 0 where nothing is scored."""
-        values = to_cells(self.value(packed_hidden(self.critic, batch)), batch)
+        values = to_grid(self.value(scored_hidden(self.critic, batch)), batch)
         return self.policy(batch), values
 
 
@@ -172,17 +172,17 @@ class PPOStage:
         return tuple(map(merge, out))
 
     def weigh(self, batch) -> int:
-        return int(batch.scored.sum())
+        return int(batch.lengths().sum())
 
     def loss(self, batch) -> tuple[Tensor, dict]:
-        s, T = self.s, batch.scored.size(-1)
+        s, T = self.s, batch.targets.size(-1)
         logps, values = self.policy.module(batch)
         stored = {k: v[batch.segment][..., :T] for k, v in self.stored.items()}
         return ppo_loss(
             logps,
             values,
             **stored,
-            scored=batch.scored,
+            scored=batch.targets >= 0,
             clip=s.clip,
             value_clip=s.value_clip,
             value_coef=s.value_coef,

@@ -31,7 +31,7 @@ from data import (
 from infra.checkpoint import checkpoint_gpt, load_checkpoint
 from infra.parallel import in_first, load_weights, merge, passes, say, score, whole_weights
 from infra.rows import InputError
-from model import GPT, ScalarHead, packed_hidden, to_cells
+from model import GPT, ScalarHead, scored_hidden, to_grid
 
 # ------------------------------------------------------------------------------
 # The model
@@ -53,8 +53,8 @@ class RewardModel(torch.nn.Module):
 
     def forward(self, batch) -> Tensor:
         """-> (B, K), exactly 0 where no completion is."""
-        rewards = to_cells(self.head(packed_hidden(self.gpt, batch)), batch)
-        last = (batch.scored.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+        rewards = to_grid(self.head(scored_hidden(self.gpt, batch)), batch)
+        last = (batch.lengths()[..., None] - 1).clamp(min=0)
         return rewards.gather(-1, last)[..., 0]
 
 
