@@ -125,10 +125,7 @@ def open_run(out: Path, settings: dict) -> None:
 def save_run(out: Path, weights: dict, rest: dict, better: bool) -> None:
     """ckpt.pt with everything a resumed run needs, and best.pt with the weights alone."""
     write_json(out / "config.json", weights["config"] | {"encoding": weights["encoding"]})
-    best = {"best.pt": weights | {"step": rest["step"]}} if better else {}
-    for name, value in (best | {"ckpt.pt": weights | rest}).items():
-        with (
-            one_sentence(f"cannot write {out / name}: is the disk full?", RuntimeError),
-            replacing(out / name) as temporary,
-        ):
+    best = {out / "best.pt": weights | {"step": rest["step"]}} if better else {}
+    for path, value in (best | {out / "ckpt.pt": weights | rest}).items():
+        with one_sentence(f"cannot write {path}", RuntimeError), replacing(path) as temporary:
             torch.save(value, temporary)  # a RuntimeError where the disk is full

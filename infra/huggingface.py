@@ -23,10 +23,8 @@ from model import GPT, GPTConfig
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 UNUSED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # causal masks, and wte once more
-SIZES = {  # ours: theirs
-    "block_size": "n_positions",
-    **{name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
-}
+SIZES = {"block_size": "n_positions"}  # ours: theirs
+SIZES |= {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
 COMPUTED = {  # what this GPT computes, the default first; a folder that says otherwise is refused
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -35,10 +33,9 @@ COMPUTED = {  # what this GPT computes, the default first; a folder that says ot
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-BLOCK = {  # shapes of a block's weights in units of n_embd; beside each a bias as long as its rows
-    **{"ln_1": (1,), "attn.c_attn": (3, 1), "attn.c_proj": (1, 1)},
-    **{"ln_2": (1,), "mlp.c_fc": (4, 1), "mlp.c_proj": (1, 4)},
-}
+# Shapes of a block's weights, in units of n_embd; beside each stands a bias as long as its rows.
+BLOCK = {"ln_1": (1,), "attn.c_attn": (3, 1), "attn.c_proj": (1, 1)}
+BLOCK |= {"ln_2": (1,), "mlp.c_fc": (4, 1), "mlp.c_proj": (1, 4)}
 
 
 def pretrained_config(folder: Path) -> dict:

@@ -35,10 +35,6 @@ def one_sentence(about: str, errors=Exception):
         raise InputError(f"{about}: {' '.join(why.split())[:400]}") from error
 
 
-# ------------------------------------------------------------------------------
-# Rows: what a line may be
-
-
 class Row(NamedTuple):
     """A checked row. kind: `pair` (completions = chosen, rejected), `rewards`, `samples` (none
     yet), `sft`, `text` (running text, no prompt) or `prompt`."""
@@ -123,9 +119,6 @@ def alpaca_prompt(row: dict) -> str:
         f"### Instruction:\n{task}\n\n{given}### Response:\n"
     )
 
-
-# ------------------------------------------------------------------------------
-# Files of rows
 
 WANTED = {  # kinds of rows that each use of a file accepts, and how the error names them
     "preference": ("pair rewards", "preference pairs or completions with rewards"),
@@ -219,20 +212,17 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
             raise InputError(f"{path}: a data file ends in .jsonl, .jsonl.gz, .json or .txt")
 
 
-# ------------------------------------------------------------------------------
-# Written beside their place and moved there, so that no file is ever half written
-
-
 @contextlib.contextmanager
 def replacing(path: Path):
-    """A temporary path to write to; it takes the place of `path` only if the block succeeds."""
+    """A temporary path to write to, which takes the place of `path` only if the block succeeds: no
+    file is ever half written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with one_sentence(f"cannot write {path}", OSError):
+    with one_sentence(f"cannot write {path}", OSError):
+        try:
             yield temporary
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict:
