@@ -11,6 +11,7 @@ beside these. It knows nothing of processes: what many sharded processes saved o
 """
 
 import json
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def load_checkpoint(path: str | Path, which: str = "last") -> dict:
     if not file.is_file():
         raise InputError(f"no checkpoint at {file}")
     with one_sentence(f"{file} is damaged, or no file of torch.save by this project"):
+        if not zipfile.is_zipfile(file):  # torch would advise to trust it
+            raise ValueError("it is no zip file")
         ckpt = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if missing := {"model", "config", "encoding", "temperature"} - ckpt.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")

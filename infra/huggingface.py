@@ -47,6 +47,9 @@ def pretrained_config(folder: Path) -> dict:
     if kind != '"gpt2"':
         raise InputError(f"{folder} is not GPT-2: config.json has model_type {kind}")
     config = {theirs: getattr(GPTConfig, ours) for ours, theirs in SIZES.items()} | given
+    for name in SIZES.values():
+        if type(config[name]) is not int:
+            raise InputError(f"{folder}: {name} must be an integer, got {config[name]!r}")
     computed = COMPUTED | {"n_inner": (None, 4 * config["n_embd"])}
     for name, values in computed.items():
         if config.get(name, values[0]) not in values:
