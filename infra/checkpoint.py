@@ -11,7 +11,6 @@ beside these. It knows nothing of processes: what many sharded processes saved o
 """
 
 import json
-import math
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -20,73 +19,56 @@ import torch
 
 from data import get_encoding
 from infra.huggingface import from_pretrained, pretrained_config
-from infra.rows import InputError, make_folder, replacing, write_json
+from infra.rows import InputError, make_folder, one_sentence, read_json, replacing, write_json
 from model import GPT, GPTConfig
 
 FILES = {"last": "ckpt.pt", "best": "best.pt"}  # what --which chooses from
-HINT = "give --resume, --overwrite or another --out"
 GO_ON = ("step", "evaluated", "best", "optimizer", "task", "sft")  # beside weights, to resume
 FREE = {  # flags that may change when a run goes on: the mathematics stays
     *("out", "resume", "overwrite", "device", "compile", "fsdp", "threads"),
     *("micro_batch_size", "gradient_checkpointing", "max_iters", "epochs", "log_interval"),
 }
 
-# ------------------------------------------------------------------------------
-# Reading
-
 
 def load_checkpoint(path: str | Path, which: str = "last") -> dict:
     """A run folder's last or best checkpoint, or a .pt file, on the CPU."""
-    path = Path(path)
-    file = path / FILES[which] if path.is_dir() else path
+    file = Path(path) / FILES[which] if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise InputError(f"no checkpoint at {file}")
-    try:
-        with open(file, "rb") as content:
-            if not zipfile.is_zipfile(content):
-                raise ValueError("no file of torch.save, or a damaged one")
+    with one_sentence(f"{file} is damaged, or no file of torch.save by this project"):
+        if not zipfile.is_zipfile(file):  # torch would advise to trust it
+            raise ValueError("it is no zip file")
         ckpt = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if not {"model", "config", "encoding", "temperature"} <= set(ckpt):
-            raise KeyError("not a checkpoint of this project")
-    except Exception as error:  # whatever a damaged or foreign file makes torch raise
-        raise InputError(
-            f"cannot read the checkpoint {file}: {str(error).splitlines()[0]}"
-        ) from error
+        if missing := {"model", "config", "encoding", "temperature"} - ckpt.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     return ckpt
 
 
 def checkpoint_gpt(ckpt: dict, path: str | Path) -> GPT:
     """The model of a checkpoint. Raises InputError where model.py has changed since."""
-    try:
+    with one_sentence(f"{path} does not fit this model.py"):
         gpt = GPT(GPTConfig(**ckpt["config"]))
         gpt.load_state_dict(ckpt["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        why = " ".join(str(error).split())
-        raise InputError(f"{path} does not fit this model.py: {why[:200]}") from error
     return gpt
 
 
 def load_gpt(
-    path: str | Path,
-    device="cpu",
-    encoding: str | None = None,
-    policy: bool = True,
-    which: str = "last",
+    path: str | Path, device="cpu", encoding: str | None = None, policy=True, which="last"
 ) -> tuple[GPT, dict]:
     """The model of a run folder, a .pt file or a Hugging Face GPT-2 folder, in eval mode, and the
     checkpoint's other entries. encoding: of a Hugging Face folder that does not say (None: gpt2).
     policy: refuse a reward model, whose trunk no longer says what comes next.
     """
     folder = Path(path)
-    ours = any((folder / name).exists() for name in ("ckpt.pt", "settings.json"))
-    if folder.is_dir() and not ours and (folder / "config.json").exists():
+    ours = (folder / "ckpt.pt").exists() or (folder / "settings.json").exists()
+    if not ours and (folder / "config.json").exists():
         gpt, ckpt = load_hugging_face(folder, encoding)
-        return gpt.to(device).eval(), ckpt
-    ckpt = load_checkpoint(path, which)
-    if policy and ckpt.get("stage") == "reward":
-        raise InputError(f"{path} is a reward model: it rates text and writes none")
-    gpt = checkpoint_gpt(ckpt, path)
-    del ckpt["model"]
+    else:
+        ckpt = load_checkpoint(path, which)
+        if policy and ckpt.get("stage") == "reward":
+            raise InputError(f"{path} is a reward model: it rates text and writes none")
+        gpt = checkpoint_gpt(ckpt, path)
+        del ckpt["model"]
     return gpt.to(device).eval(), ckpt
 
 
@@ -94,22 +76,17 @@ def load_hugging_face(folder: Path, encoding: str | None) -> tuple[GPT, dict]:
     """load_gpt of a Hugging Face folder. Words beyond the encoding's, which pad the vocabulary or
     were added to it, are left out: no text contains them, and none may be sampled."""
     config = pretrained_config(folder)
-    said = config.get("exo")  # written by `sample.py --export`
-    said = said if isinstance(said, dict) else {}
-    name, temperature = said.get("encoding"), said.get("temperature", 1.0)
-    if name is not None and ":" in str(name) and name != encoding:  # would run code
+    ours = config.get("exo", {})  # written by `sample.py --export`
+    name = ours.get("encoding") or encoding or "gpt2"
+    if ":" in name and name != encoding:  # would run code
         raise InputError(f"{folder} has the encoding {name}: say --encoding {name} to run it")
-    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-        raise InputError(f"{folder}: temperature must be above 0, got {temperature!r}")
-    name = str(name or encoding or "gpt2")
-    n_vocab = get_encoding(name).n_vocab
-    gpt = from_pretrained(folder, n_vocab)
-    ckpt = {"config": asdict(gpt.config), "encoding": name, "temperature": temperature}
-    return gpt, ckpt | {"left_out": config.get("vocab_size", n_vocab) - n_vocab}
-
-
-# ------------------------------------------------------------------------------
-# Opening, saving, going on
+    gpt = from_pretrained(folder, get_encoding(name).n_vocab)
+    return gpt, {
+        "config": asdict(gpt.config),
+        "encoding": name,
+        "temperature": ours.get("temperature", 1.0),
+        "left_out": config["vocab_size"] - gpt.config.vocab_size,
+    }
 
 
 def plain(settings) -> dict:
@@ -119,29 +96,20 @@ def plain(settings) -> dict:
 
 def check_free(out: Path, resume: bool, overwrite: bool) -> None:
     if (out / "ckpt.pt").exists() and not (resume or overwrite):
-        raise InputError(f"{out} holds a run: {HINT}")
+        raise InputError(f"{out} holds a run: give --resume, --overwrite or another --out")
 
 
 def load_run(out: Path, settings: dict) -> dict:
     """The checkpoint of the run to resume, whose settings must be these."""
-    if not (out / "settings.json").is_file() or not (out / "ckpt.pt").is_file():
-        raise InputError(f"--resume: {out} holds no run with a checkpoint")
-    try:
-        before = dict(json.loads((out / "settings.json").read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"--resume: cannot read {out / 'settings.json'}: {error}") from error
-    if gone := [k for k in before if k not in settings]:
-        raise InputError(
-            f"--resume: the run in {out} was made by other code, which knew --{', --'.join(gone)}: "
-            "only that code can go on with it; as --init it may still do"
-        )
-    changed = [k for k, v in before.items() if k not in FREE and settings[k] != v]
-    if changed:
+    with one_sentence(f"--resume: {out} holds no run with a checkpoint", InputError):
+        before, ckpt = read_json(out / "settings.json"), load_checkpoint(out)
+    if gone := ", --".join(sorted(before.keys() - settings)):
+        knew = f"the run in {out} was made by other code, which knew --{gone}"
+        raise InputError(f"--resume: {knew}: only that code can go on with it, or --init use it")
+    if changed := [k for k in before if k not in FREE and settings[k] != before[k]]:
         raise InputError(f"--resume: the run in {out} has another --{', --'.join(changed)}")
-    ckpt = load_checkpoint(out)
-    if lacks := [k for k in GO_ON if k not in ckpt]:
-        said = f"--resume: {out / 'ckpt.pt'} lacks {', '.join(lacks)}: only --init can use it"
-        raise InputError(said)
+    if lacks := ", ".join(k for k in GO_ON if k not in ckpt):
+        raise InputError(f"--resume: {out / 'ckpt.pt'} lacks {lacks}: only --init can use it")
     return ckpt
 
 
@@ -152,7 +120,7 @@ def open_run(out: Path, settings: dict) -> None:
     if not settings["resume"]:
         check_free(out, False, settings["overwrite"])
         make_folder(out)
-        for old in ("ckpt.pt", "best.pt", "metrics.jsonl"):
+        for old in (*FILES.values(), "metrics.jsonl"):
             (out / old).unlink(missing_ok=True)
     write_json(out / "settings.json", settings)
 
@@ -160,15 +128,7 @@ def open_run(out: Path, settings: dict) -> None:
 def save_run(out: Path, weights: dict, rest: dict, better: bool) -> None:
     """ckpt.pt with everything a resumed run needs, and best.pt with the weights alone."""
     write_json(out / "config.json", weights["config"] | {"encoding": weights["encoding"]})
-    if better:
-        write_tensors(out / "best.pt", weights | {"step": rest["step"]})
-    write_tensors(out / "ckpt.pt", weights | rest)
-
-
-def write_tensors(path: Path, value: dict) -> None:
-    with replacing(path) as temporary:
-        try:
-            torch.save(value, temporary)
-        except RuntimeError as error:  # what torch makes of a full disk
-            why = str(error).splitlines()[0]
-            raise InputError(f"cannot write {path}: is the disk full? ({why})") from error
+    best = {out / "best.pt": weights | {"step": rest["step"]}} if better else {}
+    for path, value in (best | {out / "ckpt.pt": weights | rest}).items():
+        with one_sentence(f"cannot write {path}", RuntimeError), replacing(path) as temporary:
+            torch.save(value, temporary)  # a RuntimeError where the disk is full

@@ -21,235 +21,111 @@ from typing import NamedTuple
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave us, said in one sentence. Commands print it and exit with
-    2."""
+    """A user's mistake, said in one sentence. Commands print it and exit with 2."""
 
 
-# ------------------------------------------------------------------------------
-# Rows: what a line may be
+@contextlib.contextmanager
+def one_sentence(about: str, errors=Exception):
+    """Whatever a damaged or foreign file makes its reader raise becomes an InputError of one line:
+    what it is about, and the reader's reason."""
+    try:
+        yield
+    except errors as error:
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(f"{about}: {' '.join(why.split())[:400]}") from error
 
 
 class Row(NamedTuple):
     """A checked row. kind: `pair` (completions = chosen, rejected), `rewards`, `samples` (none
-    yet), `sft` or `prompt`."""
+    yet), `sft`, `text` (running text, no prompt) or `prompt`."""
 
     kind: str
-    prompt: str | None  # None: running text, no prompt
+    prompt: str | None
     completions: list[str]
     rewards: list[float] | None = None
 
 
-class Unusable(Exception):
-    """A well-formed row that no training can use; the message is the reason it is counted under."""
+def parse_row(row: object) -> Row:
+    """One JSON value -> Row. Raises InputError, which does not know file and line."""
+    match row:
+        case {"prompt": prompt, "chosen": chosen, "rejected": rejected}:
+            replies = [text_of("chosen", chosen), text_of("rejected", rejected)]
+            return Row("pair", text_of("prompt", prompt), replies)
+        case {"instruction": _, "chosen": _, "rejected": _}:
+            return parse_row(row | {"prompt": alpaca_prompt(row)})
+        case {"chosen": _, "rejected": _}:
+            return split_dialogues(row)
+        case {"prompt": prompt, "completions": [*completions]}:
+            texts = [text_of("completions", y) for y in completions]
+            if "rewards" not in row:  # as sample.py writes them
+                return Row("samples", text_of("prompt", prompt), texts)
+            rewards = row["rewards"]
+            fits = isinstance(rewards, list) and len(rewards) == len(texts)
+            if not fits or not all(type(r) in (int, float) and abs(r) < 1e30 for r in rewards):
+                got = json.dumps(rewards)[:50]
+                raise InputError(f"rewards must be {len(texts)} finite numbers, got {got}")
+            return Row("rewards", text_of("prompt", prompt), texts, list(map(float, rewards)))
+        case {"prompt": prompt, "completion": completion}:
+            return Row("sft", text_of("prompt", prompt), [text_of("completion", completion)])
+        case {"text": text}:
+            return Row("text", None, [text_of("text", text, whole=True)])
+        case {"prompt": prompt} if not row.keys() & {"completions", "rewards"}:
+            return Row("prompt", text_of("prompt", prompt), [])
+    formats = (
+        "{prompt, chosen, rejected}, {chosen, rejected}, {instruction, input, chosen, rejected}, "
+        "{prompt, completions: [...], rewards: [...]}, {prompt, completion}, {text} or {prompt}"
+    )
+    got = f"fields {sorted(row)}" if isinstance(row, dict) else json.dumps(row)[:50]
+    raise InputError(f"{got} fit none of the formats {formats}")
 
 
 ASSISTANT = "\n\nAssistant:"
 TURNS = {"user": "\n\nHuman:", "assistant": ASSISTANT, "system": "\n\nSystem:"}
-ALPACA = (
-    "Below is an instruction that describes a task{paired}. Write a response that appropriately "
-    "completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
-)
-FORMATS = (
-    "{prompt, chosen, rejected}, {chosen, rejected}, {instruction, input, chosen, rejected}, "
-    "{prompt, completions, rewards}, {prompt, completion}, {text} or {prompt}"
-)
 
 
-def parse_row(row: object) -> Row:
-    """One JSON value -> Row. Raises InputError (malformed, without file and line) or Unusable."""
-    if not isinstance(row, dict):
-        raise InputError(f"a row must be a JSON object, got {type(row).__name__}")
-    if "chosen" in row or "rejected" in row:
-        return parse_pair(row)
-    if "completions" in row or "rewards" in row:
-        return parse_rewards(row)
-    if "completion" in row:
-        prompt, completion = prompt_text(row), completion_text(row, "completion")
-        return Row("sft", prompt, [completion])
-    if "text" in row:
-        return Row("sft", None, [string(row, "text")])
-    if "prompt" in row:
-        return Row("prompt", prompt_text(row), [])
-    raise InputError(f"fields {sorted(row)} fit none of the formats {FORMATS}")
+def text_of(field: str, value: object, whole: bool = False) -> str:
+    """Text as it is; messages {role, content} become turns as HH-RLHF writes dialogues: those of a
+    prompt open the assistant's turn; others go on in it, unless they are a whole dialogue."""
+    if isinstance(value, str):
+        return value
+    fits = f"a string, or messages with a role ({', '.join(TURNS)}) and a content"
+    with one_sentence(f"field {field!r} must be {fits}", (KeyError, TypeError)):
+        turns = "".join(TURNS[m["role"]] + " " + m["content"] for m in value)
+    if whole or field == "prompt":
+        return turns if whole else turns + ASSISTANT
+    if not turns.startswith(ASSISTANT):
+        raise InputError(f"field {field!r} must begin with an assistant message")
+    return turns.removeprefix(ASSISTANT)
 
 
-def parse_pair(row: dict) -> Row:
-    """A preference pair in any of its three spellings."""
-    if "prompt" in row:
-        prompt = prompt_text(row)
-        replies = [completion_text(row, name) for name in ("chosen", "rejected")]
-    elif "instruction" in row:
-        given = string(row, "input") if row.get("input") else ""
-        prompt = ALPACA.format(
-            paired=", paired with an input that provides further context" if given else "",
-            instruction=string(row, "instruction"),
-            input=f"### Input:\n{given}\n\n" if given else "",
-        )
-        replies = [completion_text(row, name) for name in ("chosen", "rejected")]
-    else:  # HH-RLHF: two whole dialogues that share everything up to the last reply
-        cuts = [split_dialogue(row, name) for name in ("chosen", "rejected")]
-        if cuts[0][0] != cuts[1][0]:
-            raise Unusable("dialogues differ before the last Assistant turn")
-        prompt, replies = cuts[0][0], [reply for _, reply in cuts]
-    return Row("pair", prompt, replies)
+def split_dialogues(row: dict) -> Row:
+    """HH-RLHF: two whole dialogues, which share everything up to the last reply; else the pair has
+    no prompt."""
+    texts = [text_of(name, row[name], whole=True) for name in ("chosen", "rejected")]
+    heads, turns, replies = zip(*(text.rpartition(ASSISTANT) for text in texts), strict=True)
+    if not all(turns):
+        raise InputError(f"chosen and rejected need a turn {ASSISTANT!r}, or a prompt beside them")
+    return Row("pair", heads[0] + ASSISTANT if heads[0] == heads[1] else None, list(replies))
 
 
-def parse_rewards(row: dict) -> Row:
-    """K completions and their rewards, or none yet."""
-    completions, rewards = row.get("completions"), row.get("rewards", [])
-    for name, value in (("completions", completions), ("rewards", rewards)):
-        if not isinstance(value, list):
-            raise InputError(f"field {name!r} must be a list, got {describe(value)}")
-    for text in completions:
-        if not isinstance(text, str):
-            raise InputError(f"a completion must be a string, got {describe(text)}")
-    if "rewards" not in row:  # as sample.py writes them: an empty one is a draw, too
-        return Row("samples", prompt_text(row), completions)
-    if len(completions) != len(rewards):
-        raise InputError(f"{len(completions)} completions but {len(rewards)} rewards")
-    for r in rewards:
-        if isinstance(r, bool) or not isinstance(r, int | float) or not abs(r) < 1e30:
-            raise InputError(f"a reward must be a finite number, got {describe(r)}")
-    return Row("rewards", prompt_text(row), completions, list(map(float, rewards)))
+def alpaca_prompt(row: dict) -> str:
+    task = text_of("instruction", row["instruction"])
+    given = text_of("input", row.get("input") or "")
+    paired = ", paired with an input that provides further context" if given else ""
+    given = f"### Input:\n{given}\n\n" if given else ""
+    return (
+        f"Below is an instruction that describes a task{paired}. Write a response that "
+        "appropriately completes the request.\n\n"
+        f"### Instruction:\n{task}\n\n{given}### Response:\n"
+    )
 
 
-def check_usable(row: Row, use: str) -> None:
-    """Raises Unusable where `use` finds nothing to learn from, or to score. A completion may be
-    empty where it is one of several draws: the end of text is scored."""
-    if use == "prompt":
-        return
-    choice = row.kind == "pair" or (row.kind == "rewards" and use == "preference")
-    if choice and len(set(row.completions)) < 2:
-        raise Unusable("fewer than two distinct completions")
-    if not row.completions:
-        raise Unusable("no completions")
-    if row.kind in ("pair", "sft") or use == "sft":
-        texts = row.completions if row.kind == "pair" else [row.completions[best_of(row)]]
-        if any(not text or text.isspace() for text in texts):
-            raise Unusable("an empty completion")
-
-
-def best_of(row: Row) -> int:
-    """The completion that sft imitates."""
-    return row.rewards.index(max(row.rewards)) if row.rewards else 0
-
-
-def string(row: dict, name: str) -> str:
-    if name not in row:
-        raise InputError(f"field {name!r} is missing; the row has {sorted(row)}")
-    if not isinstance(row[name], str):
-        raise InputError(f"field {name!r} must be a string, got {describe(row[name])}")
-    return row[name]
-
-
-def describe(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def render_turns(messages: list, name: str) -> str:
-    """[{role, content}, ...] -> "\\n\\nHuman: ...\\n\\nAssistant: ...", as HH-RLHF writes
-    dialogues."""
-    parts = []
-    for m in messages:
-        names = ("role", "content")
-        fits = isinstance(m, dict) and all(isinstance(m.get(name), str) for name in names)
-        fits = fits and m["role"] in TURNS
-        if not fits:
-            raise InputError(
-                f"field {name!r}: a message needs a role ({', '.join(TURNS)}) and a content, "
-                f"both strings, got {describe(m)}"
-            )
-        parts.append(f"{TURNS[m['role']]} {m['content']}")
-    return "".join(parts)
-
-
-def prompt_text(row: dict) -> str:
-    """The prompt; a list of messages ends with an open Assistant turn."""
-    if not isinstance(row.get("prompt"), list):
-        return string(row, "prompt")
-    return render_turns(row["prompt"], "prompt") + ASSISTANT
-
-
-def completion_text(row: dict, name: str) -> str:
-    """A completion; a list of messages begins with the assistant's, whose turn the prompt
-    opened."""
-    if not isinstance(row.get(name), list):
-        return string(row, name)
-    text = render_turns(row[name], name)
-    if not text.startswith(ASSISTANT):
-        raise InputError(f"field {name!r} must begin with an assistant message")
-    return text.removeprefix(ASSISTANT)
-
-
-def split_dialogue(row: dict, name: str) -> tuple[str, str]:
-    """A whole dialogue -> (text up to and with the last "\\n\\nAssistant:", the reply after it)."""
-    value = row.get(name)
-    text = render_turns(value, name) if isinstance(value, list) else string(row, name)
-    cut = text.rfind(ASSISTANT)
-    if cut < 0:
-        raise InputError(
-            f'field {name!r} has no "\\n\\nAssistant:" turn, and there is no field "prompt"'
-        )
-    cut += len(ASSISTANT)
-    return text[:cut], text[cut:]
-
-
-# ------------------------------------------------------------------------------
-# Files
-
-
-def file_kind(path: Path) -> str:
-    """The ending that says how to read a file; InputError for any other."""
-    kinds = (".jsonl", ".jsonl.gz", ".json", ".txt")
-    kind = next((k for k in kinds if path.name.endswith(k)), None)
-    if kind is None:
-        raise InputError(f"{path}: a data file must end in one of {', '.join(kinds)}")
-    return kind
-
-
-def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
-    """(place, JSON value) for each row of a .jsonl, .jsonl.gz, .json or .txt file; place is
-    file:line.
-
-    Blank lines are skipped; a .json file is a list, its rows counted from 1; a .txt file is one
-    {"text"}.
-    """
-    path = Path(path)
-    kind = file_kind(path)
-    number = 1
-    try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8-sig")
-            if kind.endswith("gz")
-            else open(path, encoding="utf-8-sig") as file
-        ):
-            if kind == ".txt":
-                yield str(path), {"text": file.read()}
-            elif kind == ".json":
-                rows = json.load(file)
-                if not isinstance(rows, list):
-                    raise InputError(f"{path}: a .json file must hold a list of rows")
-                yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows, 1))
-            else:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield f"{path}:{number}", json.loads(line)
-    except json.JSONDecodeError as error:
-        line = error.lineno if kind == ".json" else number
-        raise InputError(
-            f"{path}:{line}: broken JSON, {error.msg} (column {error.colno})"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: line {number} or later is not UTF-8 text") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: damaged gzip file ({error})") from error
-    except InputError:
-        raise
-    except (RecursionError, ValueError) as error:  # too deep, or a number of too many digits
-        raise InputError(f"{path}:{number}: broken JSON, {error}") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+WANTED = {  # kinds of rows that each use of a file accepts, and how the error names them
+    "preference": ("pair rewards", "preference pairs or completions with rewards"),
+    "sft": ("pair rewards sft text", "text, or prompts with completions"),
+    "score": ("pair rewards sft text samples", "text, or prompts with completions"),
+    "prompt": ("pair rewards sft samples prompt", "prompts"),
+}
 
 
 @dataclass
@@ -262,27 +138,16 @@ class Report:
     cut_completions: int = 0
 
     def __str__(self) -> str:
-        bad = sum(self.unusable.values())
-        text = f"{self.rows - bad} of {self.rows} rows usable"
-        if bad:
+        text = f"{self.rows - self.unusable.total()} of {self.rows} rows usable"
+        if self.unusable:
             text += "; not: " + ", ".join(f"{n} {why}" for why, n in self.unusable.most_common())
         if self.cut_prompts or self.cut_completions:
             text += f"; cut to block_size: {self.cut()}"
         return text
 
     def cut(self) -> str:
-        return (
-            f"{self.cut_prompts} prompts from the left, "
-            f"{self.cut_completions} completions from the right"
-        )
-
-
-WANTED = {  # what each use of a file accepts, and how the error names it
-    "preference": ({"pair", "rewards"}, "preference pairs or completions with rewards"),
-    "sft": ({"pair", "rewards", "sft"}, "text, or prompts with completions"),
-    "score": ({"pair", "rewards", "sft", "samples"}, "text, or prompts with completions"),
-    "prompt": ({"pair", "rewards", "sft", "samples", "prompt"}, "prompts"),
-}
+        completions = f"{self.cut_completions} completions from the right"
+        return f"{self.cut_prompts} prompts from the left, {completions}"
 
 
 def read_files(paths: list, use: str, report: Report) -> Iterator[tuple[str, Row]]:
@@ -291,45 +156,78 @@ def read_files(paths: list, use: str, report: Report) -> Iterator[tuple[str, Row
     kinds, wanted = WANTED[use]
     for path in paths:
         before = report.rows
-        for place, value in read_rows(path):
+        for place, value in read_rows(Path(path)):
             report.rows += 1
-            try:
+            with one_sentence(place, InputError):
                 row = parse_row(value)
-            except Unusable as error:
-                report.unusable[str(error)] += 1
-                continue
-            except InputError as error:
-                raise InputError(f"{place}: {error}") from None
-            if row.kind not in kinds or (use == "prompt" and row.prompt is None):
-                raise InputError(f"{place}: expected {wanted}, got fields {sorted(value)}")
-            try:
-                check_usable(row, use)
-            except Unusable as error:
-                report.unusable[str(error)] += 1
-                continue
-            yield place, row
+                if row.kind not in kinds.split():
+                    raise InputError(f"expected {wanted}, got fields {sorted(value)}")
+            if why := unusable(row, use):
+                report.unusable[why] += 1
+            else:
+                yield place, row
         if report.rows == before:
             raise InputError(f"{path}: the file is empty")
 
 
-# ------------------------------------------------------------------------------
-# Written beside their place and moved there, so that no file is ever half written
+def unusable(row: Row, use: str) -> str | None:
+    """Why `use` finds nothing to learn from, or to score. A completion may be empty where it is one
+    of several draws: the end of text is scored."""
+    if row.kind == "pair" and row.prompt is None:
+        return "dialogues differ before the last Assistant turn"
+    if use == "prompt":
+        return None
+    if (row.kind == "pair" or use == "preference") and len(set(row.completions)) < 2:
+        return "fewer than two distinct completions"
+    if not row.completions:
+        return "no completions"
+    texts = row.completions if row.kind == "pair" else [row.completions[best_of(row)]]
+    empty = not all(map(str.strip, texts)) and (use == "sft" or row.kind in ("pair", "sft", "text"))
+    return "an empty completion" if empty else None
+
+
+def best_of(row: Row) -> int:
+    """The completion that sft imitates."""
+    return row.rewards.index(max(row.rewards)) if row.rewards else 0
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """(place, JSON value) for each row; place is file:line. Blank lines are skipped; a .json file
+    is a list, its rows counted from 1; a .txt file is one {"text"}."""
+    with one_sentence(f"cannot read {path}", (OSError, EOFError, zlib.error, UnicodeDecodeError)):
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                for number, line in enumerate(map(bytes.strip, file), 1):
+                    if line:
+                        with one_sentence(f"{path}:{number}: broken JSON"):
+                            row = json.loads(line)
+                        yield f"{path}:{number}", row
+        elif path.suffix == ".json":
+            with one_sentence(f"{path}: broken JSON"):
+                rows = list(json.loads(path.read_bytes()))
+            yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows, 1))
+        elif path.suffix == ".txt":
+            yield str(path), {"text": path.read_text(encoding="utf-8-sig")}
+        else:
+            raise InputError(f"{path}: a data file ends in .jsonl, .jsonl.gz, .json or .txt")
 
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """A temporary path to write to; it takes the place of `path` only if the block succeeds."""
+    """A temporary path to write to, which takes the place of `path` only if the block succeeds: no
+    file is ever half written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors leaves a file that its owner alone can read
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with one_sentence(f"cannot write {path}", OSError):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict:
+    with one_sentence(f"cannot read {path}"):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -338,7 +236,5 @@ def write_json(path: Path, value: object) -> None:
 
 
 def make_folder(path: Path) -> None:
-    try:
+    with one_sentence(f"cannot make the folder {path}", OSError):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {path}: {error.strerror}") from error

@@ -1,9 +1,8 @@
 """
-From files to batches: every row format against the text it must become, every error against the
-sentence it must print, cutting and packing by property, collate against a loop over tokens.
+From rows to batches: rows become groups, cutting and packing by property, collate against a loop
+over tokens. What files and rows may be is tested in test_rows.py.
 """
 
-import gzip
 import itertools
 import json
 import math
@@ -152,106 +151,33 @@ def test_a_vocabulary_that_cannot_be_downloaded_names_both_remedies(monkeypatch)
 
 
 # ------------------------------------------------------------------------------
-# Row formats
-
-HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:"
-ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n"
-)
-ALPACA_PLAIN = (
-    "Below is an instruction that describes a task. Write a response that appropriately "
-    "completes the request.\n\n### Instruction:\nAdd\n\n### Response:\n"
-)
-
-
-def says(role, content):
-    return {"role": role, "content": content}
-
-
-TALK = [says("system", "Be"), says("user", "Hi"), says("assistant", "Yo"), says("user", "?")]
-TALK_TEXT = "\n\nSystem: Be\n\nHuman: Hi\n\nAssistant: Yo\n\nHuman: ?\n\nAssistant:"
-PAIRS = {
-    "plain": ({"prompt": "Q:", "chosen": " a", "rejected": " b"}, "Q:", [" a", " b"]),
-    "empty prompt": ({"prompt": "", "chosen": "a", "rejected": "b"}, "<|endoftext|>", ["a", "b"]),
-    "hh": ({"chosen": HH + " Good", "rejected": HH + " Bad"}, HH, [" Good", " Bad"]),
-    "hh messages": (
-        {"chosen": [*TALK, says("assistant", "1")], "rejected": [*TALK, says("assistant", "2")]},
-        TALK_TEXT,
-        [" 1", " 2"],
-    ),
-    "messages": (
-        {
-            "prompt": TALK,
-            "chosen": [says("assistant", "1"), says("user", "u"), says("assistant", "3")],
-            "rejected": [says("assistant", "2")],
-        },
-        TALK_TEXT,
-        [" 1\n\nHuman: u\n\nAssistant: 3", " 2"],
-    ),
-    "messages and strings": (
-        {"prompt": TALK, "chosen": " 1", "rejected": [says("assistant", "2")]},
-        TALK_TEXT,
-        [" 1", " 2"],
-    ),
-    "instruction with input": (
-        {"instruction": "Add", "input": "1 2", "chosen": "3", "rejected": "4"},
-        ALPACA_INPUT,
-        ["3", "4"],
-    ),
-    "instruction, empty input": (
-        {"instruction": "Add", "input": "", "chosen": "3", "rejected": "4"},
-        ALPACA_PLAIN,
-        ["3", "4"],
-    ),
-    "instruction, null input": (
-        {"instruction": "Add", "input": None, "chosen": "3", "rejected": "4"},
-        ALPACA_PLAIN,
-        ["3", "4"],
-    ),
-    "instruction without input": (
-        {"instruction": "Add", "chosen": "3", "rejected": "4"},
-        ALPACA_PLAIN,
-        ["3", "4"],
-    ),
-    "unicode, braces, other fields": (
-        {"prompt": "{é}\n", "chosen": "{0} 👍", "rejected": "%s", "score": 1},
-        "{é}\n",
-        ["{0} 👍", "%s"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_each_spelling_of_a_pair_becomes_prompt_chosen_rejected(name, tmp_path):
-    """Chosen first, in every spelling. Guards swapped labels and lost or doubled separators."""
-    row, prompt, replies = PAIRS[name]
-    groups, report = read(save(tmp_path, lines(row)))
-    assert texts(groups) == [(prompt, replies)]
-    assert groups.is_pair().tolist() == [True]
-    assert groups.ended.tolist() == [False, True, True]
-    assert str(report) == "1 of 1 rows usable"
+# Rows become groups
 
 
 def test_rewards_stay_beside_their_completions_and_k_may_differ(tmp_path):
-    """Equal texts may repeat while two differ; ints and exponents are numbers."""
+    """Equal texts may repeat while two differ; ints and exponents are numbers; chosen first."""
     path = save(
         tmp_path,
         lines(
             {"prompt": "p", "completions": ["a", "b", "a"], "rewards": [1, -2.5, 1e3]},
             {"prompt": "q", "chosen": "x", "rejected": "y"},
-            {"prompt": TALK, "completions": ["c", "d"], "rewards": [0, 0.25]},
+            {"prompt": "", "completions": ["c", "d"], "rewards": [0, 0.25]},
         ),
     )
-    groups, _ = read(path)
-    assert texts(groups) == [("p", ["a", "b", "a"]), ("q", ["x", "y"]), (TALK_TEXT, ["c", "d"])]
+    groups, report = read(path)
+    assert texts(groups) == [
+        ("p", ["a", "b", "a"]),
+        ("q", ["x", "y"]),
+        ("<|endoftext|>", ["c", "d"]),
+    ]
     assert groups.is_pair().tolist() == [False, True, False]
     nan = math.nan
     expected = [nan, 1, -2.5, 1000, nan, nan, nan, nan, 0, 0.25]
     np.testing.assert_array_equal(groups.rewards, expected)
-    assert groups.sizes().tolist() == [4, 3, len(TALK_TEXT) + 2]
+    assert groups.ended.tolist() == [False, *[True] * 3, False, True, True, False, True, True]
+    assert groups.sizes().tolist() == [4, 3, 3]
     assert len(groups) == 3
+    assert str(report) == "3 of 3 rows usable"
 
 
 def test_sft_reads_completions_the_chosen_and_the_best_rewarded(tmp_path):
@@ -259,15 +185,13 @@ def test_sft_reads_completions_the_chosen_and_the_best_rewarded(tmp_path):
         tmp_path,
         lines(
             {"prompt": "p", "completion": "c"},
-            {"prompt": TALK, "completion": [says("assistant", "m")]},
             {"prompt": "q", "chosen": "good", "rejected": "bad"},
             {"prompt": "r", "completions": ["a", "b", "c"], "rewards": [-1, 2, 0]},
         ),
     )
     groups, _ = read(path, "sft")
-    expected = [("p", ["c"]), (TALK_TEXT, [" m"]), ("q", ["good"]), ("r", ["b"])]
-    assert texts(groups) == expected
-    assert groups.ended.tolist() == [False, True] * 4
+    assert texts(groups) == [("p", ["c"]), ("q", ["good"]), ("r", ["b"])]
+    assert groups.ended.tolist() == [False, True] * 3
 
 
 def test_prompts_are_read_from_every_row_that_has_one(tmp_path):
@@ -276,32 +200,15 @@ def test_prompts_are_read_from_every_row_that_has_one(tmp_path):
         lines(
             {"prompt": "p"},
             {"prompt": ""},
-            {"prompt": TALK},
             {"prompt": "q", "completion": "c"},
-            {"chosen": HH + "1", "rejected": HH + "2"},
             {"prompt": "r", "completions": ["a", "b"], "rewards": [0, 1]},
         ),
     )
     groups, _ = read(path, "prompt")
-    prompts = ["p", "<|endoftext|>", TALK_TEXT, "q", HH, "r"]
-    assert texts(groups) == [(p, []) for p in prompts]
+    assert texts(groups) == [(p, []) for p in ("p", "<|endoftext|>", "q", "r")]
     batch = collate(groups, np.arange(len(groups)))
     assert not batch.mask.any()
     assert not batch.scored.any()
-
-
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".json"])
-def test_each_kind_of_file_holds_the_same_rows(ending, tmp_path):
-    """Blank lines, Windows line ends and a last line without one are no rows of their own."""
-    rows = [row for row, _, _ in PAIRS.values()]
-    content = "\n  \r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
-    if ending == ".json":
-        content = json.dumps(rows, indent=1).encode()
-    if ending.endswith("gz"):
-        content = gzip.compress(content)
-    groups, report = read(save(tmp_path, content, "rows" + ending))
-    assert texts(groups) == [(prompt, replies) for _, prompt, replies in PAIRS.values()]
-    assert report.rows == len(rows)
 
 
 def test_several_files_are_read_in_order(tmp_path):
@@ -346,202 +253,12 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
     assert texts(groups) == [("\ufffd", ["a\ufffd", "b"])]
 
 
-# ------------------------------------------------------------------------------
-# Errors: one sentence, with the place
-
-OK_ROW = lines({"prompt": "p", "chosen": "a", "rejected": "b"})
-BAD_ROWS = {
-    "3": "a row must be a JSON object, got int",
-    "null": "a row must be a JSON object, got NoneType",
-    '["prompt"]': "a row must be a JSON object, got list",
-    "{}": "fields [] fit none of the formats {prompt, chosen, rejected}",
-    '{"question": "q", "answer": "a"}': "fields ['answer', 'question'] fit none of the formats",
-    '{"prompt": "p", "chosen": "c"}': (
-        "field 'rejected' is missing; the row has ['chosen', 'prompt']"
-    ),
-    '{"prompt": "p", "rejected": "c"}': "field 'chosen' is missing",
-    '{"prompt": 5, "chosen": "c", "rejected": "d"}': "field 'prompt' must be a string, got 5",
-    '{"prompt": null, "chosen": "c", "rejected": "d"}': "'prompt' must be a string, got null",
-    '{"prompt": "p", "chosen": null, "rejected": "d"}': "'chosen' must be a string, got null",
-    '{"chosen": "no turns", "rejected": "\\n\\nAssistant: x"}': (
-        'field \'chosen\' has no "\\n\\nAssistant:" turn, and there is no field "prompt"'
-    ),
-    '{"chosen": "\\n\\nAssistant: x"}': "field 'rejected' is missing",
-    '{"instruction": "i", "input": 4, "chosen": "c", "rejected": "d"}': (
-        "field 'input' must be a string, got 4"
-    ),
-    '{"instruction": ["i"], "chosen": "c", "rejected": "d"}': (
-        "field 'instruction' must be a string, got [\"i\"]"
-    ),
-    '{"prompt": [{"role": "robot", "content": "x"}], "chosen": "c", "rejected": "d"}': (
-        "field 'prompt': a message needs a role (user, assistant, system) and a content, both "
-        'strings, got {"role": "robot", "content": "x"}'
-    ),
-    '{"prompt": ["hi"], "chosen": "c", "rejected": "d"}': "a message needs a role",
-    '{"prompt": [{"role": "user"}], "chosen": "c", "rejected": "d"}': "a message needs a role",
-    '{"prompt": "p", "chosen": [{"role": "user", "content": "x"}], "rejected": "d"}': (
-        "field 'chosen' must begin with an assistant message"
-    ),
-    '{"prompt": "p", "completions": ["a", "b"]}': (
-        "expected preference pairs or completions with rewards"
-    ),
-    '{"prompt": "p", "rewards": [1, 2]}': "field 'completions' must be a list, got null",
-    '{"prompt": "p", "completions": "ab", "rewards": [1, 2]}': (
-        "field 'completions' must be a list, got \"ab\""
-    ),
-    '{"prompt": "p", "completions": ["a", "b"], "rewards": [1]}': "2 completions but 1 rewards",
-    '{"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2, 3]}': (
-        "2 completions but 3 rewards"
-    ),
-    '{"prompt": "p", "completions": ["a", 1], "rewards": [1, 2]}': (
-        "a completion must be a string, got 1"
-    ),
-    '{"completions": ["a", "b"], "rewards": [1, 2]}': "field 'prompt' is missing",
-    '{"completion": "c"}': "field 'prompt' is missing",
-    '{"prompt": "p"}': "expected preference pairs or completions with rewards, got fields",
-    '{"text": "t"}': "expected preference pairs or completions with rewards, got fields ['text']",
-}
-for _bad in ("NaN", "Infinity", "-Infinity", "1e999", "true", '"1"', "null", "[1]"):
-    _shown = {"1e999": "Infinity"}.get(_bad, _bad)
-    BAD_ROWS[f'{{"prompt": "p", "completions": ["a", "b"], "rewards": [1, {_bad}]}}'] = (
-        f"a reward must be a finite number, got {_shown}"
-    )
-
-
-@pytest.mark.parametrize("row", BAD_ROWS)
-def test_a_malformed_row_says_why_with_file_and_line(row, tmp_path):
-    """On the third line, after a blank one: line numbers count every line of the file."""
-    path = save(tmp_path, OK_ROW + "\n" + row + "\n" + OK_ROW)
-    message = refusal(path)
-    assert message.startswith(f"{path}:3: ")
-    assert BAD_ROWS[row] in message
-
-
-def test_a_malformed_row_of_a_json_list_is_named_by_its_number(tmp_path):
-    path = save(tmp_path, json.dumps([json.loads(OK_ROW), 3]), "rows.json")
-    assert refusal(path) == f"{path}: row 2: a row must be a JSON object, got int"
-
-
-def test_a_long_value_is_shortened_in_its_message(tmp_path):
-    message = refusal(save(tmp_path, lines({"prompt": ["x" * 1000]})), "prompt")
-    assert "x" * 30 in message
-    assert len(message) < 300
-
-
-def test_rows_of_another_use_are_refused_not_skipped(tmp_path):
-    path = save(tmp_path, lines({"prompt": "p"}))
-    assert refusal(path, "sft") == (
-        f"{path}:1: expected text, or prompts with completions, got fields ['prompt']"
-    )
-    path = save(tmp_path, lines({"text": "t"}))
-    assert refusal(path, "prompt") == f"{path}:1: expected prompts, got fields ['text']"
-
-
-def test_a_missing_file_and_a_folder_cannot_be_read(tmp_path):
-    path = tmp_path / "none.jsonl"
-    assert refusal(path) == f"cannot read {path}: No such file or directory"
-    (tmp_path / "folder.json").mkdir()
-    assert refusal(tmp_path / "folder.json").startswith(f"cannot read {tmp_path}")
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.jsonl", b""),
-        ("a.jsonl", b"\n \n"),
-        ("a.json", b"[]"),
-        ("a.jsonl.gz", b""),
-        ("a.jsonl.gz", gzip.compress(b"\n")),
-    ],
-)
-def test_an_empty_file_is_an_error_even_beside_a_full_one(name, content, tmp_path):
-    path = save(tmp_path, content, name)
-    assert refusal(path) == f"{path}: the file is empty"
-    with pytest.raises(InputError, match="the file is empty"):
-        read_groups([save(tmp_path, OK_ROW, "full.jsonl"), path], ENC, 64)
-
-
-def test_broken_json_names_file_line_and_column(tmp_path):
-    path = save(tmp_path, OK_ROW + "\n" + '{"prompt" "p"}\n')
-    assert refusal(path) == f"{path}:3: broken JSON, Expecting ':' delimiter (column 11)"
-    path = save(tmp_path, '[\n{"prompt": "p"},\n{"prompt" "q"}]', "rows.json")
-    assert refusal(path) == f"{path}:3: broken JSON, Expecting ':' delimiter (column 11)"
-    path = save(tmp_path, "", "rows.json")
-    assert refusal(path).startswith(f"{path}:1: broken JSON, ")
-
-
-@pytest.mark.parametrize("line", ["[" * 100_000, "1" * 5000])
-def test_json_that_python_refuses_to_parse_names_file_and_line(line, tmp_path):
-    """Nested too deeply, or a number of too many digits: neither is a JSONDecodeError."""
-    path = save(tmp_path, OK_ROW + line + "\n")
-    assert refusal(path).startswith(f"{path}:2: ")
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.jsonl.gz"])
-def test_text_that_is_not_utf8_is_an_error(name, tmp_path):
-    content = '{"text": "é"}\n'.encode("latin-1")
-    path = save(tmp_path, gzip.compress(content) if name.endswith("gz") else content, name)
-    assert refusal(path, "sft") == f"{path}: line 1 or later is not UTF-8 text"
-
-
-def test_a_damaged_gzip_file_is_an_error_however_it_is_damaged(tmp_path):
-    """Each raises another exception: no gzip at all, cut short, a wrong checksum, and bytes inside
-    the compressed stream overwritten (zlib.error, which is no OSError)."""
-    rows = [{"prompt": f"p{i * i}", "chosen": f"a{i}", "rejected": "b"} for i in range(300)]
-    good = gzip.compress(lines(*rows).encode())
-    cases = {
-        "no gzip": b"plain text",
-        "cut": good[: len(good) // 2],
-        "checksum": good[:-8] + b"\0\0\0\0" + good[-4:],
-        "overwritten": good[:100] + b"\xff" * 50 + good[150:],
-    }
-    for name, content in cases.items():
-        path = save(tmp_path, content, "rows.jsonl.gz")
-        assert refusal(path).startswith(f"{path}: damaged gzip file ("), name
-
-
-def test_a_json_file_that_is_not_a_list_is_an_error(tmp_path):
-    path = save(tmp_path, OK_ROW, "rows.json")
-    assert refusal(path) == f"{path}: a .json file must hold a list of rows"
-
-
-@pytest.mark.parametrize("name", ["rows.csv", "rows", "rows.gz", "rows.jsonl.bz2"])
-def test_an_unknown_extension_names_the_known_ones(name, tmp_path):
-    path = save(tmp_path, OK_ROW, name)
-    known = ".jsonl, .jsonl.gz, .json, .txt"
-    assert refusal(path) == f"{path}: a data file must end in one of {known}"
-
-
-def test_unusable_rows_are_counted_by_reason_and_the_rest_is_kept(tmp_path):
-    """Never silently dropped: the report's numbers add up to the rows of the file."""
-    same = {"prompt": "p", "chosen": "a", "rejected": "a"}
-    path = save(
-        tmp_path,
-        OK_ROW
-        + lines(
-            same,
-            same,
-            {"chosen": HH + "1", "rejected": "x" + HH + "2"},
-            {"prompt": "p", "chosen": "a", "rejected": " \n"},
-            {"prompt": "p", "completions": ["a"], "rewards": [1]},
-            {"prompt": "p", "completions": [], "rewards": []},
-            {"prompt": "p", "chosen": "x" * 40 + "1", "rejected": "x" * 40 + "2"},
-        ),
-    )
+def test_completions_that_cutting_makes_equal_are_counted(tmp_path):
+    row = {"prompt": "p", "chosen": "x" * 40 + "1", "rejected": "x" * 40 + "2"}
+    path = save(tmp_path, lines({"prompt": "p", "chosen": "a", "rejected": "b"}, row))
     groups, report = read(path, block_size=32)
     assert texts(groups) == [("p", ["a", "b"])]
-    assert report.rows == 8
-    assert report.unusable == {
-        "fewer than two distinct completions": 4,
-        "dialogues differ before the last Assistant turn": 1,
-        "an empty completion": 1,
-        "identical within block_size": 1,
-    }
-    assert str(report) == (
-        "1 of 8 rows usable; not: 4 fewer than two distinct completions, "
-        "1 dialogues differ before the last Assistant turn, 1 an empty completion, "
-        "1 identical within block_size"
-    )
+    assert str(report) == "1 of 2 rows usable; not: 1 identical within block_size"
     assert (report.cut_prompts, report.cut_completions) == (0, 0)
 
 

@@ -486,24 +486,6 @@ def test_the_best_weights_can_be_chosen(files, tmp_path):
     assert texts[0] != texts[1]
 
 
-def test_a_run_of_other_code_or_without_its_state_resumes_to_a_sentence(files, tmp_path, capsys):
-    """Flags that are gone are not the user's mistake; weights alone are no run."""
-    out = tmp_path / "run"
-    assert preference("dpo", files, out) == 0
-    settings, text = out / "settings.json", (out / "settings.json").read_text()
-    settings.write_text(json.dumps(json.loads(text) | {"cache": ""}))
-    assert preference("dpo", files, out, "--resume") == 2
-    assert "was made by other code, which knew --cache" in capsys.readouterr().err
-    for broken in (text[: len(text) // 2], "[1]"):
-        settings.write_text(broken)
-        assert preference("dpo", files, out, "--resume") == 2
-        assert f"cannot read {settings}" in capsys.readouterr().err
-    settings.write_text(text)
-    (out / "best.pt").replace(out / "ckpt.pt")
-    assert preference("dpo", files, out, "--resume") == 2
-    assert "lacks evaluated, best, optimizer, task, sft" in capsys.readouterr().err
-
-
 def test_an_interrupt_where_nothing_can_be_saved_is_one_line(files, tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -553,11 +535,11 @@ def mistake(argv: list[str], capsys) -> str:
         ('{"question": "a"}', ":1: fields ['question'] fit none of the formats"),
         (
             '{"prompt": "a", "completions": ["b", "c"], "rewards": [1]}',
-            "2 completions but 1 rewards",
+            "rewards must be 2 finite numbers, got [1]",
         ),
         (
             '{"prompt": "a", "completions": ["b", "c"], "rewards": [1, NaN]}',
-            "finite number, got NaN",
+            "rewards must be 2 finite numbers, got [1, NaN]",
         ),
         ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "nothing usable (0 of 1 rows usable"),
         ('{"prompt": "a"}', "expected preference pairs or completions with rewards"),
