@@ -83,7 +83,7 @@ def named(field: str) -> str:
     return number(column, found, "+") + (f" ({len(found)} seeds)" if "target" in where else "")
 
 
-NUMBER = r"[-+]?[\d.]+ ± [\d.]+(?: %)?(?: \(\d seeds\))?"
+NUMBER = r"[-+]?\d+(?:\.\d+)? ± \d+(?:\.\d+)?(?: %)?(?: \(\d seeds\))?"
 NAMED = re.compile(r"(?P<prose>(?:.+\n)+?)(?P<comment> *<!-- = (?P<fields>[^>]+) -->)")
 
 
@@ -139,7 +139,8 @@ def shown(own: list[dict]) -> str:
 
 def long(rows: list[dict], *columns: str) -> list[dict]:
     """A row for each of these columns."""
-    return [row | {"column": c, "title": TITLES[c], "value": row[c]} for row in rows for c in columns]
+    names = [{"column": column, "title": TITLES[column]} for column in columns]
+    return [row | name | {"value": row[name["column"]]} for row in rows for name in names]
 
 
 TITLES = {
@@ -257,7 +258,7 @@ def bench() -> str:
 
 def scaling(axis: str) -> str:
     """What grows with K, length or vocabulary."""
-    names = {"seconds_per_group": "seconds per group", "peak_gb": "GB", "naive_peak_gb": "GB, naive"}
+    names = {"seconds_per_group": "seconds a group", "peak_gb": "GB", "naive_peak_gb": "GB, naive"}
     rows = BENCH["scaling"][axis]
     lines = {
         title: {f"{row[axis]:,}": f"{row[name]:.3g}" for row in rows if row.get(name)}

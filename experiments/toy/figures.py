@@ -61,14 +61,14 @@ def draw_hero(plt, results: dict):
     pictures, rows = results["pictures"], only(results["rows"], seed=0)
     limit = math.exp(max(pictures["pi-star"]) / 2)
     ratios = {"width_ratios": [1, 0.16, *[1] * len(HERO)]}  # the narrow column names the rows
-    figure, axes = plt.subplots(2, 2 + len(HERO), figsize=(10.4, 4), gridspec_kw=ratios)
-    figure.subplots_adjust(left=0.004, right=0.996, top=0.93, bottom=0.11, wspace=0.07, hspace=0.4)
+    figure, axes = plt.subplots(2, 2 + len(HERO), figsize=(10.4, 4.4), gridspec_kw=ratios)
+    figure.subplots_adjust(left=0.004, right=0.996, top=0.94, bottom=0.1, wspace=0.07, hspace=0.55)
     for axis, name, text in (
         (axes[0, 1], "exo", "EXO, reverse"),
         (axes[1, 1], "dpo", "DPO, forward"),
     ):
         axis.set_axis_off()
-        style = {"fontsize": 14, "color": COLORS[name], "va": "center", "ha": "center"}
+        style = {"fontsize": 12, "color": COLORS[name], "va": "center", "ha": "center"}
         axis.text(0.5, 0.5, f"{text} KL", rotation=90, **style)
     columns = {"sft, the start": ("sft", "pi-star"), **HERO}
     for pair, (head, names) in zip(axes.T[[0, *range(2, 8)]], columns.items(), strict=True):
@@ -97,8 +97,8 @@ def draw_losses(plt, _):
     for axis, what in zip(axes, ("loss", "gradient in the margin"), strict=True):
         axis.set(xlabel="margin: β_π × (log-ratio of chosen − of rejected)", ylabel=what)
     axes[0].legend()
-    note = "confidently wrong:\nEXO's gradient vanishes,\nDPO's stays near −1"
-    axes[1].text(-9.7, -1.4, note, va="center", fontsize=10)
+    note = "confidently wrong:\nEXO's vanishes,\nDPO's stays near −1"
+    axes[1].text(-9.9, -1.4, note, va="center", fontsize=10)
     return tidy(figure)
 
 
