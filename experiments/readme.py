@@ -29,10 +29,7 @@ FILES = {
     "text": "frontier/results.json",
     "bench": "bench/results.json",
 }
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-# of Student's t, by the number of seeds
-
-
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t
 DATA = {name: json.loads((ROOT / "assets" / path).read_bytes()) for name, path in FILES.items()}
 TOY, SWEEP, TEXT, BENCH = DATA.values()
 
@@ -65,11 +62,11 @@ def gap(rows: list[dict], column: str, ours: dict, theirs: dict) -> list[float]:
 
 
 def literal(text: str) -> object:
-    """near_its_end is text with spaces, 64 a number, none nothing."""
+    """64 is a number, null is None, near_its_end is text with spaces."""
     try:
         return json.loads(text)
     except ValueError:
-        return None if text == "none" else text.replace("_", " ")
+        return text.replace("_", " ")
 
 
 def named(field: str) -> str:

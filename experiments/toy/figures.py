@@ -61,8 +61,8 @@ def draw_hero(plt, results: dict):
     pictures, rows = results["pictures"], only(results["rows"], seed=0)
     limit = math.exp(max(pictures["pi-star"]) / 2)
     ratios = {"width_ratios": [1, 0.16, *[1] * len(HERO)]}  # the narrow column names the rows
-    figure, axes = plt.subplots(2, 2 + len(HERO), figsize=(10.4, 4.4), gridspec_kw=ratios)
-    figure.subplots_adjust(left=0.004, right=0.996, top=0.94, bottom=0.1, wspace=0.07, hspace=0.55)
+    figure, axes = plt.subplots(2, 2 + len(HERO), figsize=(10.4, 4.25), gridspec_kw=ratios)
+    figure.subplots_adjust(left=0.004, right=0.996, top=0.94, bottom=0.1, wspace=0.07, hspace=0.47)
     for axis, name, text in (
         (axes[0, 1], "exo", "EXO, reverse"),
         (axes[1, 1], "dpo", "DPO, forward"),
