@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import runpy
 import shlex
 import sys
 from fnmatch import fnmatchcase as fnmatch
@@ -109,28 +110,35 @@ def code(language: str, containing: str) -> str:
     return found
 
 
+def run_lines(lines: str, folder: Path, **names) -> dict:
+    """A script of these lines, given these names -> what it leaves."""
+    (folder / "pasted.py").write_text(lines, encoding="utf-8")
+    return runpy.run_path(str(folder / "pasted.py"), names, "__main__")
+
+
 @pytest.mark.parametrize("eps", [1e-3, 0.119])
-def test_the_pasted_lines_are_both_losses(eps):
+def test_the_pasted_lines_are_both_losses(eps, tmp_path):
     logps, ref = 5 * torch.randn(2, 7, 2, generator=torch.Generator().manual_seed(0)).double()
     names = {"logps": logps, "ref_logps": ref, "beta_pi": 0.3, "eps": eps}
     lines = code("python", "log_softmax")
     assert len(lines.splitlines()) == 5
-    exec(lines, names)
+    pasted = run_lines(lines, tmp_path, **names)
     for name, loss in (("exo", exo.exo_loss), ("dpo", exo.dpo_loss)):
         ours = loss(logps, ref, exo.preference_target(eps), 0.3)
-        torch.testing.assert_close(names[name], ours, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(pasted[name], ours)
 
 
-def test_the_pasted_lines_take_rewards_too():
+def test_the_pasted_lines_take_rewards_too(tmp_path):
     """The comment's other target, for K completions."""
     logps, ref, rewards = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).double()
     names = {"logps": logps, "ref_logps": ref, "beta_pi": 0.3, "beta_r": 0.7, "rewards": rewards}
     lines = code("python", "log_softmax")
     (other,) = re.findall(r"or (\(rewards.*)$", lines, re.M)
-    exec(re.sub(r"^log_p = .*$", f"log_p = {other}", lines, flags=re.M), names)
+    lines = re.sub(r"^log_p = .*$", f"log_p = {other}", lines, flags=re.M)
+    pasted = run_lines(lines, tmp_path, **names)
     for name, loss in (("exo", exo.exo_loss), ("dpo", exo.dpo_loss)):
         ours = loss(logps, ref, exo.reward_target(rewards, 0.7), 0.3)
-        torch.testing.assert_close(names[name], ours)
+        torch.testing.assert_close(pasted[name], ours)
 
 
 def test_the_example_by_hand():
@@ -173,7 +181,7 @@ ELSEWHERE = {  # commands that are too long for a test of a page, and who runs t
     "ruff *": ".ci/run",
     "python train.py": ".ci/run",
     "python train.py --sweep": "tests/test_toy.py",
-    "python -m experiments.toy.figures": "tests/test_toy.py",
+    "python -m experiments.toy.figures": "tests/test_readme.py",
     "python -m experiments.bench*": "tests/test_bench.py",
     "python -m experiments.text": "tests/test_frontier.py",
     "python -m experiments.readme": "tests/test_readme.py",
@@ -220,6 +228,18 @@ def test_the_commands_run(folder, monkeypatch):
     assert (folder / "out/hf/config.json").exists()
 
 
+def test_figures_are_drawn_again_by_one_command(monkeypatch):
+    """Every figure of the exact world that a page shows, but for the animation."""
+    drawn = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("experiments.common.save", lambda plt, draw, data, path: drawn.append(path))
+    monkeypatch.delitem(sys.modules, "experiments.toy.figures", raising=False)
+    runpy.run_module("experiments.toy.figures", run_name="__main__")
+    assert {path.stem for path in drawn} == {
+        path.stem for path in ROOT.glob("assets/toy/*.png") if not path.stem.endswith("-dark")
+    }
+
+
 def test_a_loss_in_ten_lines(folder, monkeypatch):
     """Pasted from the page: IPO starts at (1 / (2 beta_pi))^2 = 25 and trains under its name."""
     lines = code("python", "ipo_loss")
@@ -233,7 +253,7 @@ def test_a_loss_in_ten_lines(folder, monkeypatch):
     argv = ["ipo.py", "ipo", *data, "--init", "out/ipo_sft", "--learning_rate", "1e-2", *FEW]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit, match="0"):
-        exec(lines, {})
+        run_lines(lines, folder)
     records = [json.loads(line) for line in Path("out/ipo/metrics.jsonl").read_text().splitlines()]
     first, *_, last = (r["loss"] for r in records if r["kind"] == "eval")
     assert first == pytest.approx(25)
