@@ -95,7 +95,7 @@ def test_every_flag_that_is_named_exists(page):
 
 
 def test_what_to_begin_with_is_the_default():
-    rows = dict(re.findall(r"^\| `?-*(\w+)`? \|[^|]*\| ([\d.e-]+)[^|]* \|", README, re.M))
+    rows = dict(re.findall(r"^\| `?-*(\w+)`?[^|]* \|[^|]*\| ([\d.e-]+)[^|]* \|", README, re.M))
     s = train.Settings("exo", data=["rows"], init="sft")
     for name in ("beta_pi", "label_smoothing", "K", "batch_size"):
         assert float(rows[name]) == getattr(s, name)
