@@ -1,83 +1,305 @@
-"""The README says what the committed result files say, and its commands and links exist."""
+"""Pages say what the committed files say; their code and commands run; what they name exists."""
 
+import gzip
+import json
 import re
+import runpy
+import shlex
+import sys
+from fnmatch import fnmatchcase as fnmatch
+from pathlib import Path
 
 import pytest
+import torch
 
+import exo
+import sample
+import train
 from experiments import readme
-from experiments.common import mean_se, only
+from experiments.common import distinct, mean_se, only, stat
+from experiments.readme import SWEEP, TEXT, TOY, gap, lead, values
+from infra.huggingface import save_pretrained
+from model import GPT, GPTConfig
 
-README = (readme.ROOT / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("page", readme.TABLES)
-def test_tables_are_those_of_the_committed_results(page):
-    """`python -m experiments.readme` brings them up to date."""
-    assert readme.fill(page) == (readme.ROOT / page).read_text(encoding="utf-8")
-
-
-def test_every_figure_and_file_that_is_linked_exists():
-    for page in readme.TABLES:
-        text = (readme.ROOT / page).read_text(encoding="utf-8")
-        links = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r'src(?:set)?="([^"]+)"', text)
-        assert len(links) > 3
-        missing = [
-            link for link in links if not (readme.ROOT / page).parent.joinpath(link).exists()
-        ]
-        assert not missing
-
-
-def test_every_flag_in_the_readme_exists():
-    """A renamed flag must be renamed here too."""
-    sources = ["train.py", "sample.py", "experiments/bench.py"]
-    known = "".join((readme.ROOT / name).read_text(encoding="utf-8") for name in sources)
-    commands = re.findall(r"^(?:pip install.* && )?python .*$", README, re.M)
-    assert len(commands) >= 5
-    for flag in re.findall(r"--(\w+)", "\n".join(commands)):
-        assert re.search(rf"\b{flag}\b", known), flag
+ROOT = readme.ROOT
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in readme.PAGES}
+PAGES["CONTRIBUTING.md"] = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+README = PAGES["README.md"]
+every_page = pytest.mark.parametrize("page", PAGES)
 
 
 # --------------------------------------------------------------------------------------------------
-# What the sentences of "What was found" say in words
+# Numbers, length, and what is named
 
 
-ROWS = readme.read("toy/results.json")["rows"]
-SWEEP = readme.read("toy/sweep.json")
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_numbers_are_those_of_the_committed_results(page):
+    """`python -m experiments.readme` brings them up to date."""
+    assert readme.fill(page) == PAGES[page]
 
 
-def clear(values: list[float]) -> bool:
+@every_page
+def test_no_number_with_an_error_stands_without_its_source(page):
+    """A ± that no table and no comment brings could drift."""
+    rest = re.sub(r"<!-- ([\w ]+) -->\n(?:.*\n)*?<!-- end \1 -->", "", PAGES[page])
+    assert not re.findall(readme.NUMBER, readme.NAMED.sub("", rest))
+
+
+def test_the_first_page_is_short():
+    assert README.count("\n") <= 250
+    assert len(README.split()) <= 2000
+
+
+def slug(heading: str) -> str:
+    """A heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@every_page
+def test_every_link_leads_somewhere(page):
+    text, folder = PAGES[page], (ROOT / page).parent
+    links = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src(?:set)?="([^"]+)"', text)
+    for link in (link for link in links if not link.startswith("https://")):
+        path, _, anchor = link.partition("#")
+        target = folder / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
+            assert anchor in map(slug, headings), link
+
+
+@every_page
+def test_every_test_and_function_that_is_named_exists(page):
+    """`test_...` somewhere in tests/; `name` beside a file's link in that file."""
+    tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", PAGES[page]):
+        assert f"def {name}(" in tests, name
+    names, link = r"((?:`\w+`,?\s?)+)", r"\[[^\]]+\]\(([\w/]+\.py)\)"
+    named = re.findall(f"{link}: {names}", PAGES[page])  # [file](file): `name`, `name`
+    named += [x[::-1] for x in re.findall(f"{names}(?:in|of) {link}", PAGES[page])]
+    facts = re.findall(r"^\| .*\((`[^)]+`)[^`]*\) \| `test_", PAGES[page], re.M)
+    named += [("exo.py", names) for names in facts]
+    for file, names in named:
+        source = (ROOT / page).parent.joinpath(file).read_text(encoding="utf-8")
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^\s*(?:def|class) {name}\b|^{name}\b", source, re.M), (file, name)
+
+
+@every_page
+def test_every_flag_that_is_named_exists(page):
+    sources = [ROOT / "train.py", ROOT / "sample.py", *ROOT.glob("experiments/**/*.py")]
+    known = "".join(path.read_text(encoding="utf-8") for path in sources)
+    known += " nproc_per_node check "  # torchrun's and ruff's
+    for flag in re.findall(r"(?<![\w-])--(\w+)", PAGES[page]):
+        assert re.search(rf"\b{flag}\b", known), flag
+
+
+def test_what_to_begin_with_is_the_default():
+    rows = dict(re.findall(r"^\| `?-*(\w+)`?[^|]* \|[^|]*\| ([\d.e-]+)[^|]* \|", README, re.M))
+    s = train.Settings("exo", data=["rows"], init="sft")
+    for name in ("beta_pi", "label_smoothing", "K", "batch_size"):
+        assert float(rows[name]) == getattr(s, name)
+
+
+# --------------------------------------------------------------------------------------------------
+# Code
+
+
+def code(language: str, containing: str) -> str:
+    (found,) = (x for x in re.findall(rf"```{language}\n(.*?)```", README, re.S) if containing in x)
+    return found
+
+
+def run_lines(lines: str, folder: Path, **names) -> dict:
+    """A script of these lines, given these names -> what it leaves."""
+    (folder / "pasted.py").write_text(lines, encoding="utf-8")
+    return runpy.run_path(str(folder / "pasted.py"), names, "__main__")
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.119])
+def test_the_pasted_lines_are_both_losses(eps, tmp_path):
+    logps, ref = 5 * torch.randn(2, 7, 2, generator=torch.Generator().manual_seed(0)).double()
+    names = {"logps": logps, "ref_logps": ref, "beta_pi": 0.3, "eps": eps}
+    lines = code("python", "log_softmax")
+    assert len(lines.splitlines()) == 5
+    pasted = run_lines(lines, tmp_path, **names)
+    for name, loss in (("exo", exo.exo_loss), ("dpo", exo.dpo_loss)):
+        ours = loss(logps, ref, exo.preference_target(eps), 0.3)
+        torch.testing.assert_close(pasted[name], ours)
+
+
+def test_the_pasted_lines_take_rewards_too(tmp_path):
+    """The comment's other target, for K completions."""
+    logps, ref, rewards = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).double()
+    names = {"logps": logps, "ref_logps": ref, "beta_pi": 0.3, "beta_r": 0.7, "rewards": rewards}
+    lines = code("python", "log_softmax")
+    (other,) = re.findall(r"or (\(rewards.*)$", lines, re.M)
+    lines = re.sub(r"^log_p = .*$", f"log_p = {other}", lines, flags=re.M)
+    pasted = run_lines(lines, tmp_path, **names)
+    for name, loss in (("exo", exo.exo_loss), ("dpo", exo.dpo_loss)):
+        ours = loss(logps, ref, exo.reward_target(rewards, 0.7), 0.3)
+        torch.testing.assert_close(pasted[name], ours)
+
+
+def test_the_example_by_hand():
+    """Each line of the table: q, both losses, both gradients."""
+    lines = re.findall(r"^\| \((\.\d+),\.\d+\) \|(.*)\|$", README, re.M)
+    assert [q for q, _ in lines] == [".75", ".01"]
+    for q, cells in lines:
+        shown = [float(cell.split("=")[-1]) for cell in cells.split("|")]
+        chosen = torch.tensor(float(q), dtype=torch.float64).logit().requires_grad_()
+        pair = torch.stack([chosen, torch.zeros_like(chosen)])[None]
+        args = pair, 0 * pair.detach(), exo.preference_target(0.1)
+        found = [exo.exo_loss(*args), exo.dpo_loss(*args)]
+        found += [torch.autograd.grad(loss, chosen)[0] for loss in found[:2]]
+        assert shown == [pytest.approx(x.item(), abs=5e-4) for x in found]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What the commands read: rows of every kind, and a GPT-2 of random weights."""
+    folder = tmp_path_factory.mktemp("pages")
+    pairs = [{"prompt": f"Q{i}", "chosen": f" yes {i}", "rejected": " no"} for i in range(8)]
+    text = "".join(json.dumps(row) + "\n" for row in pairs)
+    for name in ("pairs.jsonl", "held_out.jsonl"):
+        (folder / name).write_text(text)
+    talk = "\n\nHuman: How?\n\nAssistant:"
+    with gzip.open(folder / "helpful.jsonl.gz", "wt") as file:
+        for i in range(8):
+            file.write(json.dumps({"chosen": f"{talk} So {i}.", "rejected": f"{talk} No."}) + "\n")
+    gpt = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=1, n_embd=16))
+    save_pretrained(gpt, folder / "GPT2", exo={"encoding": "bytes", "temperature": 1.0})
+    return folder
+
+
+FEW = "--max_iters 2 --batch_size 4 --kl_samples 2 --max_new_tokens 8".split()
+TINY = "--n_layer 1 --n_head 1 --n_embd 16 --block_size 64".split()
+ELSEWHERE = {  # commands that are too long for a test of a page, and who runs them
+    "pip install -r requirements*": ".ci/run",
+    "python -m pip install -r requirements-dev.txt": ".ci/run",
+    "python -m pytest -q*": ".ci/run",
+    "ruff *": ".ci/run",
+    "python train.py": ".ci/run",
+    "python train.py --sweep": "tests/test_toy.py",
+    "python -m experiments.toy.figures": "tests/test_readme.py",
+    "python -m experiments.bench*": "tests/test_bench.py",
+    "python -m experiments.text": "tests/test_frontier.py",
+    "python -m experiments.readme": "tests/test_readme.py",
+    "torchrun *": "tests/test_distributed.py",
+}
+BEGINNINGS = ("python train.py exo --online", "python ipo.py ipo --data ...")  # of commands
+
+
+def commands(page: str) -> list[str]:
+    """Every command of a page: lines of blocks without a language, and those within sentences."""
+    starts = r"(?:python|pip|torchrun|ruff) "
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.S | re.M)
+    blocks = "".join(block for language, block in fences if not language)
+    inline = re.findall(rf"`({starts}[^`\n]+)`", PAGES[page])
+    return re.findall(rf"^{starts}.*$", blocks, re.M) + [x for x in inline if x not in BEGINNINGS]
+
+
+def is_run_here(command: str) -> bool:
+    training = command.startswith("python train.py ") and "--data" in command
+    return training or command.startswith("python sample.py ")
+
+
+@every_page
+def test_every_command_is_run_by_somebody(page):
+    for command in commands(page):
+        if not (page == "README.md" and is_run_here(command)):
+            (who,) = (x for pattern, x in ELSEWHERE.items() if fnmatch(command, pattern))
+            assert (ROOT / who).exists()
+
+
+def test_the_commands_run(folder, monkeypatch):
+    """Those of the first page in their order, on a few rows: nothing is changed but sizes."""
+    monkeypatch.chdir(folder)
+    here = [command for command in commands("README.md") if is_run_here(command)]
+    assert len(here) >= 10
+    for command in here:
+        program, *argv = shlex.split(command.replace("--encoding gpt2", "--encoding bytes"))[1:]
+        if program == "train.py":
+            argv += FEW + TINY * ("--init" not in argv)
+            argv += ["--K", "2"] * ("--online" in argv)
+        elif "--score" not in argv and "--export" not in argv:
+            argv += ["--max_new_tokens", "8"]
+        assert {"train.py": train, "sample.py": sample}[program].main(argv) == 0, command
+    assert (folder / "out/hf/config.json").exists()
+
+
+def test_figures_are_drawn_again_by_one_command(monkeypatch):
+    """Every figure of the exact world that a page shows, but for the animation."""
+    drawn = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("experiments.common.save", lambda plt, draw, data, path: drawn.append(path))
+    monkeypatch.delitem(sys.modules, "experiments.toy.figures", raising=False)
+    runpy.run_module("experiments.toy.figures", run_name="__main__")
+    assert {path.stem for path in drawn} == {
+        path.stem for path in ROOT.glob("assets/toy/*.png") if not path.stem.endswith("-dark")
+    }
+
+
+def test_a_loss_in_ten_lines(folder, monkeypatch):
+    """Pasted from the page: IPO starts at (1 / (2 beta_pi))^2 = 25 and trains under its name."""
+    lines = code("python", "ipo_loss")
+    assert len([line for line in lines.splitlines() if line]) <= 10
+    monkeypatch.chdir(folder)
+    for name in ("LOSSES", "NEEDS"):
+        monkeypatch.setattr(exo, name, dict(getattr(exo, name)))
+    data = "--data pairs.jsonl --eval_data held_out.jsonl".split()
+    if not Path("out/ipo_sft").exists():
+        assert train.main(["sft", *data, "--out", "out/ipo_sft", *FEW, *TINY]) == 0
+    argv = ["ipo.py", "ipo", *data, "--init", "out/ipo_sft", "--learning_rate", "1e-2", *FEW]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit, match="0"):
+        run_lines(lines, folder)
+    records = [json.loads(line) for line in Path("out/ipo/metrics.jsonl").read_text().splitlines()]
+    first, *_, last = (r["loss"] for r in records if r["kind"] == "eval")
+    assert first == pytest.approx(25)
+    assert last < first
+
+
+# --------------------------------------------------------------------------------------------------
+# What the sentences about the exact world say in words
+
+
+def clear(found: list[float]) -> bool:
     """Above 0 with 95 % confidence, by Student's t."""
-    mean, error = mean_se(values)
-    return mean > readme.T95[len(values)] * error
+    mean, error = mean_se(found)
+    return mean > readme.T95[len(found)] * error
 
 
-def alike(values: list[float]) -> bool:
-    return not clear(values) and not clear([-x for x in values])
+def alike(found: list[float]) -> bool:
+    return not clear(found) and not clear([-x for x in found])
 
 
-def gap(name: str, a: tuple, b: tuple) -> list[float]:
+def ahead(name: str, a: tuple, b: tuple, rows=TOY["rows"], **where) -> list[float]:
     """a minus b, seed by seed."""
-    return readme.leads(ROWS, name, *({"method": m, "K": K} for m, K in (a, b)))
+    return gap(rows, name, *(where | {"method": m, "K": K} for m, K in (a, b)))
 
 
-def lead(target: float, exo: str, dpo: str, K: int) -> list[float]:
-    return readme.matched_lead(SWEEP["matched"], target, exo, dpo, K)
+def test_the_world_is_the_one_described():
+    config = TOY["config"]
+    said = {"beta": 0.5, "n_embd": 3, "steps": 600, "draws": 1024, "seeds": 8, "vocab_size": 32}
+    assert {name: config[name] for name in said} == said
+    assert config["learning_rate"] == 0.02
 
 
 def test_seed_0_is_the_worst_of_dpo():
-    on = readme.by_seed(ROWS, "on", method="dpo-rw", K=64)
+    on = values(TOY["rows"], "on", method="dpo-rw", K=64)
     assert len(on) == 8
     assert min(on, key=on.get) == 0
 
 
 def test_exo_commits_and_dpo_spreads_once_K_is_large():
-    exo, dpo = ("exo-rw", 64), ("dpo-rw", 64)
+    exo_rw, dpo_rw = ("exo-rw", 64), ("dpo-rw", 64)
     for name in ("on", "J"):
-        assert clear(gap(name, exo, dpo))
+        assert clear(ahead(name, exo_rw, dpo_rw))
     for name in ("modes", "between"):
-        assert clear(gap(name, dpo, exo))
+        assert clear(ahead(name, dpo_rw, exo_rw))
     for K in (2, 8):
-        assert not clear(gap("J", ("exo-rw", K), ("dpo-rw", K)))
+        assert not clear(ahead("J", ("exo-rw", K), ("dpo-rw", K)))
 
 
 def test_each_ends_about_as_low_as_its_exact_gradient_and_neither_is_an_optimum():
@@ -85,28 +307,32 @@ def test_each_ends_about_as_low_as_its_exact_gradient_and_neither_is_an_optimum(
         ("reverse_kl", ("exo-rw", 64), "reverse-kl"),
         ("forward_kl", ("dpo-rw", 64), "forward-kl"),
     ):
-        assert alike(gap(name, sampled, (f"{exact}-descent", None)))
-        assert clear(gap(name, (f"{exact}-descent", None), (exact, None)))
+        assert alike(ahead(name, sampled, (f"{exact}-descent", None)))
+        assert clear(ahead(name, (f"{exact}-descent", None), (exact, None)))
+        assert clear(ahead(name, sampled, (exact, None)))
     reverse, forward = ("reverse-kl", None), ("forward-kl", None)
-    assert clear(gap("on", reverse, forward))
-    assert clear(gap("modes", forward, reverse))
-    assert clear(gap("reverse_kl", ("exo-rw", 64), forward))
+    assert clear(ahead("on", reverse, forward))
+    assert clear(ahead("modes", forward, reverse))
+    assert clear(ahead("reverse_kl", ("exo-rw", 64), forward))
+    assert clear(ahead("modes", reverse, ("exo-rw", 64)))
+    assert clear(ahead("on", forward, ("dpo-rw", 64)))
 
 
-def test_exo_leads_at_equal_distance_with_many_rewards_and_not_with_pairs():
+def test_exo_leads_at_equal_distance_with_many_rewards_and_not_with_two_or_pairs():
     for target in (0.5, 1, 1.5, 2.5):
         assert clear(lead(target, "exo-rw", "dpo-rw", 64))
-    assert clear(gap("reverse_kl", ("exo-pref", 2), ("dpo-pref", 2)))
+    assert alike(lead(0.5, "exo-rw", "dpo-rw", 2))
+    assert clear(ahead("reverse_kl", ("exo-pref", 2), ("dpo-pref", 2)))
     for target in (0.5, 1):
         assert alike(lead(target, "exo-pref", "dpo-pref", 2))
 
 
 def test_who_draws_matters():
-    assert alike(gap("reverse_kl", ("exo-online", 2), ("exo-online", 64)))
-    assert clear(gap("on", ("dpo-online", 2), ("dpo-online", 64)))
-    assert all(row["on"] > 0.95 for row in only(ROWS, method="dpo-online", K=2))
+    assert alike(ahead("reverse_kl", ("exo-online", 2), ("exo-online", 64)))
+    assert clear(ahead("on", ("dpo-online", 2), ("dpo-online", 64)))
+    assert all(row["on"] > 0.95 for row in only(TOY["rows"], method="dpo-online", K=2))
     means: dict[tuple, list[float]] = {}
-    for row in ROWS:
+    for row in TOY["rows"]:
         if row["K"]:
             means.setdefault((row["method"], row["K"]), []).append(row["reverse_kl"])
     assert min(means, key=lambda key: mean_se(means[key])[0]) == ("dpo-online", 8)
@@ -114,39 +340,112 @@ def test_who_draws_matters():
 
 def test_the_floor_of_all_differences_is_what_the_page_says():
     """RLOO and on-policy EXO are one run but for rounding; the page calls 0.2 nats chance."""
-    floors = [mean_se(gap("reverse_kl", ("rloo", K), ("exo-online", K)))[0] for K in (2, 8, 64)]
+    floors = [mean_se(ahead("reverse_kl", ("rloo", K), ("exo-online", K)))[0] for K in (2, 8, 64)]
     assert 0.1 < max(map(abs, floors)) < 0.25
 
 
 def test_mode_seeking_has_a_price_where_the_policy_is_wide():
-    wide = {m: only(SWEEP["capacity"], method=m, K=64, n_embd=8) for m in ("exo-rw", "dpo-rw")}
+    rows = SWEEP["capacity"]
+    wide = {m: only(rows, method=m, K=64, n_embd=8) for m in ("exo-rw", "dpo-rw")}
     assert max(row["reverse_kl"] for row in wide["dpo-rw"]) < 0.1
     assert min(row["reverse_kl"] for row in wide["exo-rw"]) > 0.1
-    caught = only(SWEEP["capacity"], method="exo-rw", n_embd=2, seed=0)[0]
+    for method in ("exo-rw", "dpo-rw"):  # both fall from 3 to 8
+        narrow, broad = (values(rows, "reverse_kl", method=method, K=64, n_embd=n) for n in (3, 8))
+        assert clear([narrow[seed] - broad[seed] for seed in narrow])
+    caught = only(rows, method="exo-rw", n_embd=2, seed=0)[0]
     assert caught["asymmetry"] < 0.05
 
 
-def test_exo_needs_K_more_the_further_it_has_come():
-    def cosines(place, method, K):
-        where = {"place": place, "method": method, "K": K}
-        return readme.by_seed(SWEEP["directions"], "to_J", **where)
+def cosines(place: str, method: str, K: int) -> dict[int, float]:
+    return values(SWEEP["directions"], "to_J", place=place, method=method, K=K)
 
+
+def test_exo_needs_K_more_the_further_it_has_come():
     for place in ("half-way", "near its end"):
         few, many = cosines(place, "exo-rw", 2), cosines(place, "exo-rw", 256)
         assert clear([many[seed] - few[seed] for seed in few])
     near, far = cosines("half-way", "exo-rw", 32), cosines("near its end", "exo-rw", 32)
     assert clear([near[seed] - far[seed] for seed in near])
     assert sum(x < 0 for x in cosines("half-way", "dpo-rw", 256).values()) == 5
-    assert max(r["to_J_error"] for r in SWEEP["directions"]) < 0.05
+    assert all(min(cosines("at sft", "exo-rw", K).values()) > 0.99 for K in (2, 8, 64))
+    rows = SWEEP["directions"]
+    assert max(row["to_J_error"] for row in rows) < 0.05
+    for place, far in zip(distinct(rows, "place"), (6.0, 3.2, 1.2), strict=True):
+        assert stat(rows, "reverse_kl", place=place)[0] == pytest.approx(far, abs=0.05)
 
 
 def test_what_a_completion_buys():
     """EXO with many rewards, and everyone on own draws, have less regret at every budget."""
     rows = SWEEP["efficiency"]
-    for budget in {row["completions"] for row in rows}:
+    for budget in distinct(rows, "completions"):
         regret = {
             m: mean_se([r["regret"] for r in only(rows, method=m, completions=budget)])[0]
-            for m in {row["method"] for row in rows}
+            for m in distinct(rows, "method")
         }
-        ahead = [regret.pop(m) for m in ("exo-rw", "exo-online", "dpo-online", "rloo")]
-        assert max(ahead) < min(regret.values())
+        first = [regret.pop(m) for m in ("exo-rw", "exo-online", "dpo-online", "rloo")]
+        assert max(first) < min(regret.values())
+
+
+def test_what_the_direction_is_worth_at_the_smallest_budget():
+    """As much as own draws are to DPO, where draws are rated; nothing, where pairs are labelled."""
+    own = {
+        m: values(SWEEP["efficiency"], "regret", method=m, completions=38_400)
+        for m in ("exo-rw", "dpo-rw", "dpo-online", "exo-pref", "dpo-pref")
+    }
+
+    def more(a: str, b: str) -> list[float]:
+        return [own[a][seed] - own[b][seed] for seed in own[a]]
+
+    assert clear(more("dpo-rw", "exo-rw"))
+    assert clear(more("dpo-rw", "dpo-online"))
+    assert alike(more("exo-rw", "dpo-online"))
+    assert alike(more("exo-pref", "dpo-pref"))
+
+
+# --------------------------------------------------------------------------------------------------
+# The same of the text world
+
+
+def test_in_the_text_world_one_interval_excludes_0_and_it_is_dpos():
+    rows = [r for r in TEXT["matched"] if r["kl"] in (0.5, 1) and r.get("lead_seeds", 0) > 1]
+    hits = [r for r in rows if abs(r["lead"]) > readme.T95[r["lead_seeds"]] * r["lead_se"]]
+    assert [(r["method"], r["reward"], r["kl"]) for r in hits] == [("exo-rw", "sentiment", 0.5)]
+    assert hits[0]["lead"] < 0
+
+
+def judged(**where) -> list[dict]:
+    return only(TEXT["rows"], last=True, n_pairs=None, n_embd=48, **where)
+
+
+ONLINE = ("exo-online", "dpo-online", "ppo")
+
+
+def test_in_the_text_world_own_draws_earn_more_and_runs_can_break():
+    for reward, least in (("sentiment", 0.5), ("conviction", 0.25)):
+        rows = judged(reward=reward)
+        means = {
+            key: mean_se([r["oracle"] for r in rows if (r["method"], r["beta"]) == key])[0]
+            for key in distinct(rows, "method", "beta")
+        }
+        online = [means.pop((method, least)) for method in ONLINE]
+        assert min(online) > max(
+            mean for (method, _), mean in means.items() if method not in ONLINE
+        )
+        for method in ONLINE:
+            own = only(rows, beta=least, method=method)
+            assert 1.6 <= round(mean_se([r["kl"] for r in own])[0], 1) <= 2.5
+            assert mean_se([r["producible"] for r in own])[0] > 0.965
+    rows = judged(reward="sentiment", beta=0.5)
+    for method in {row["method"] for row in rows} - {*ONLINE}:
+        assert mean_se([r["producible"] for r in only(rows, method=method)])[0] < 0.95
+    (start,) = only(TEXT["start"], reward="sentiment", n_embd=48, seed=0)
+    for method in ("exo-rw", "dpo-rw", "dpo-rw-oracle"):
+        (broken,) = judged(reward="sentiment", beta=0.5, method=method, seed=0)
+        assert broken["oracle"] < start["oracle"]
+
+
+def test_in_the_text_world_own_draws_lean_to_one_mode():
+    """Less praise than sft's half, in the mean of three seeds."""
+    for method in ONLINE:
+        own = judged(reward="conviction", beta=0.25, method=method)
+        assert mean_se([r["praise"] for r in own])[0] < 0.35
