@@ -16,19 +16,18 @@ Why the order matters: alignment maximises J(pi) = E_pi[r] - beta KL(pi || sft).
 = sft * exp(r / beta) / Z, and J(pi*) - J(pi) = beta KL(pi || pi*), so the *reverse* KL is the
 objective itself. With rewards as the target and many completions EXO's gradient tends to that of
 KL(pi || pi*) and DPO's to that of KL(pi* || pi) (at beta_pi = 1; else pi^{beta_pi} stands for pi),
-with an error of order 1/K that tests/test_theory.py measures. A policy class that contains pi*, at
-beta = beta_r * beta_pi, has the same minimiser under both at every K >= 2; they part ways when it
-does not. So has dpo-pref at eps = 0 with Bradley-Terry labels; exo-pref has not: there eps sets the
-temperature.
+with an error of order 1/K that tests/test_theory.py measures. Where the policy class contains pi*,
+both have it as their minimiser, at every K >= 2 and beta = beta_r * beta_pi (so has dpo-pref at eps
+= 0 with Bradley-Terry labels; in exo-pref eps sets the temperature). They part ways where it does
+not.
 
 Every tensor is (B, K): B prompts, K completions each. `logps` are log pi(y|x) summed over the
 tokens of y. A group with fewer than K completions is padded, and `mask` (B, K), bool, is True where
 a completion exists. *Absent* (mask False) is not *impossible* (log p = -inf): an absent completion
 is in neither softmax; an impossible one is in both, and the target gives it probability 0.
 
-Choices that are ours: p is always normalised over the present completions, groups are a tensor axis
-and not a loop, the loss is a mean over the groups that hold something.
-Nothing here is random, and nothing is written in place.
+Ours: p is always normalised over the present completions, groups are a tensor axis and not a loop,
+the loss is a mean over the groups that hold something. Nothing is random or written in place.
 """
 
 import math
@@ -44,16 +43,11 @@ from torch import Tensor
 
 def masked_log_softmax(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """log softmax over the present entries of the last axis; 0 where absent, whatever x holds
-    there.
-
-    They are 0 and not -inf so that sums and products over K skip them, in the backward pass too.
-    """
+    there: not -inf, so that sums and products over K skip them, in the backward pass too."""
     if mask is None:
         return F.log_softmax(x, dim=-1)
     x = x.masked_fill(~mask, -torch.inf)
-    x = x.masked_fill(
-        ~mask.any(dim=-1, keepdim=True), 0.0
-    )  # nothing present: no 0 / 0, not even in the backward pass
+    x = x.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)  # nothing present: no 0 / 0, ever
     return F.log_softmax(x, dim=-1).masked_fill(~mask, 0.0)
 
 
@@ -266,12 +260,14 @@ def preferred(log_target: Tensor, mask: Tensor) -> Tensor:
 
 
 def accuracy(scores: Tensor, log_target: Tensor, mask: Tensor) -> Tensor:
-    """Of all pairs in a group with unlike targets, the share that scores (B, K) order alike; a tie
-    is half."""
+    """Of the pairs in a group with unlike targets, the share that scores (B, K) order alike, and of
+    that the mean over groups. A tie is half, and so is a group without such a pair, and a gap that
+    may be rounding: before the first step all log-ratios tie, whatever batch they are in."""
     better = preferred(log_target, mask)
     gap = scores[:, :, None] - scores[:, None, :]
-    right = (gap > 0).to(scores) + (gap == 0).to(scores) / 2
-    return (right * better).sum() / better.sum().clamp(min=1)
+    half = torch.where(gap.abs() > 1e-4, gap.sign() / 2, 0.0)  # right or wrong, from a tie
+    count = better.sum(dim=(1, 2)).clamp(min=1)
+    return 0.5 + ((half * better).sum(dim=(1, 2)) / count).mean()
 
 
 def kl_estimates(policy_logps: Tensor, ref_logps: Tensor) -> dict[str, Tensor]:

@@ -70,7 +70,9 @@ class Tree:
             level = level.view(rows, time, 3, self.n_head, -1)
             q, k, v = level.permute(2, 0, 3, 1, 4)  # (rows, n_head, time, head size) each
             if past is not None:
-                k = torch.cat([repeat_rows(past[0], rows), k], dim=2)  # (..., ancestors + time, ...)
+                k = torch.cat(
+                    [repeat_rows(past[0], rows), k], dim=2
+                )  # (..., ancestors + time, ...)
                 v = torch.cat([repeat_rows(past[1], rows), v], dim=2)
                 if mask is None and time > 1:
                     mask = causal_mask(time, k.size(2), q.device)

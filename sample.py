@@ -17,52 +17,40 @@ never on its batch mates: --batch_size changes speed and nothing else.
 models and the target that they are compared with.
 
 --out grows by whole lines. The same command, given again, goes on: it skips as many rows as the
-file has lines. `torchrun` shares the prompts of a batch over its processes.
+file has lines. One process: to use many GPUs, give each a share of the prompts.
 """
 
 import argparse
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import exo
 from data import Builder, decode, get_encoding
-from infra.checkpoint import FILES, load_gpt
-from infra.huggingface import save_pretrained, tokenizer_files
-from infra.parallel import (
-    autocast,
-    complain,
-    gather,
-    in_first,
-    processes,
-    rank,
-    run_program,
-    say,
-    score,
-    world,
-)
-from infra.rows import InputError, Report, Row, make_folder, read_files, write_json
+from infra.checkpoint import FILES, export, load_gpt
+from infra.parallel import autocast, pick_device, say, score
+from infra.rows import InputError, Report, Row, make_folder, one_sentence, read_files
 from model import Scorer
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("sample.py", description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("checkpoint", help="run folder, .pt file or Hugging Face GPT-2 folder")
     add("--which", choices=FILES, default="last", help="of a run folder: last weights, or best")
     add("--encoding", help="of a Hugging Face folder that does not say (gpt2)")
-    add("--export", metavar="FOLDER", help="write a Hugging Face folder instead of sampling")
-    add("--prompt", help="one prompt")
-    add("--prompts", metavar="FILE", help="a file of rows with prompts")
-    add("--score", metavar="FILE", help="rate the completions of these rows instead of sampling")
+    work = parser.add_mutually_exclusive_group()
+    work.add_argument("--prompt", default="", help="one prompt")
+    work.add_argument("--prompts", metavar="FILE", help="a file of rows with prompts")
+    work.add_argument("--score", metavar="FILE", help="rate the completions of these rows")
+    work.add_argument("--export", metavar="FOLDER", help="write a Hugging Face folder")
     add("--ref", metavar="PATH", help="with --score: another model's log-probs, and the target")
     add("--beta_r", type=float, default=1.0, help="with --ref: temperature of rewards")
     add("--label_smoothing", type=float, default=0.0, help="with --ref: of pairs")
@@ -79,37 +67,30 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", help="cuda, mps or cpu (the first there is)")
     add("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on cuda, else float32")
     args = parser.parse_args(argv)
-    for ok, sentence in rules(args):
-        if not ok:
+    for wrong, sentence in contradictions(args):
+        if wrong:
             parser.error(sentence)
     return args
 
 
-def rules(args: argparse.Namespace):
-    """(holds, what to say if not), one for each way in which arguments can contradict."""
-    asked = args.prompt is not None or args.prompts
-    yield not (args.prompt is not None and args.prompts), "give --prompt or --prompts, not both"
-    sampling = asked or args.out or args.score
-    ok = not (args.export and sampling)
-    yield ok, "--export samples nothing: leave out --prompt, --prompts, --score and --out"
-    yield not (args.score and asked), "--score brings its own prompts: leave out --prompt(s)"
-    yield not (args.score and args.best_of), "--score draws nothing: leave out --best_of"
-    yield not (args.score and args.temperature == 0), "--score needs a temperature above 0"
-    yield not args.ref or args.score, "--ref is for --score"
-    yield args.beta_r > 0, f"beta_r must be above 0, got {args.beta_r}"
-    ok = 0 <= args.label_smoothing < 0.5
-    yield ok, f"label_smoothing must be in [0, 0.5), got {args.label_smoothing}"
-    yield not args.best_of or args.reward, "--best_of needs --reward to know the best"
-    for name in ("prompts", "score"):
-        given = getattr(args, name)
-        same = given and args.out and Path(given).resolve() == Path(args.out).resolve()
-        yield not same, f"--out is the file that --{name} reads: give another"
-    t = args.temperature
-    yield t is None or 0 <= t < math.inf, f"temperature must be 0 or more, got {t}"
-    yield args.seed >= 0, f"seed must not be negative, got {args.seed}"
+def contradictions(args: argparse.Namespace):
+    """(it is so, what to say then), one for each way in which arguments contradict."""
+    yield args.ref and not args.score, "--ref is for --score"
+    yield args.score and args.best_of, "--score draws nothing: leave out --best_of"
+    yield args.score and args.temperature == 0, "--score needs a temperature above 0"
+    yield args.best_of and not args.reward, "--best_of needs --reward to know the best"
+    yield args.out and not args.out.endswith(".jsonl"), f"--out {args.out}: must end in .jsonl"
+    given = args.prompts or args.score
+    same = given and args.out and Path(given).resolve() == Path(args.out).resolve()
+    yield same, f"--out {args.out} is the file that is read: give another"
+    t, eps = args.temperature, args.label_smoothing
+    yield t is not None and not 0 <= t < math.inf, f"--temperature must be 0 or more, got {t}"
+    yield not 0 <= eps < 0.5, f"--label_smoothing must be in [0, 0.5), got {eps}"
+    yield not 0 < args.beta_r < math.inf, f"--beta_r must be above 0, got {args.beta_r}"
+    yield args.seed < 0, f"--seed must not be negative, got {args.seed}"
     for name in ("n", "max_new_tokens", "batch_size", "best_of", "top_k"):
         value = getattr(args, name)
-        yield value is None or value >= 1, f"{name} must be at least 1"
+        yield value is not None and value < 1, f"{name} must be at least 1, got {value}"
 
 
 class Sampler:
@@ -121,7 +102,11 @@ class Sampler:
         self.gpt, ckpt = load_gpt(args.checkpoint, device, args.encoding, which=args.which)
         self.encoding = get_encoding(ckpt["encoding"])
         self.temperature = ckpt["temperature"] if args.temperature is None else args.temperature
-        self.new = args.max_new_tokens or min(128, self.gpt.config.block_size // 2)
+        block = self.gpt.config.block_size
+        self.new = args.max_new_tokens or min(128, block // 2)
+        if self.new >= block:
+            said = f"--max_new_tokens {self.new} leaves no room for a prompt"
+            raise InputError(f"{said}: block_size is {block}")
         self.models = {"logps": Scorer(self.gpt, self.temperature)}
         if args.ref:
             ref, ckpt = load_gpt(args.ref, device, args.encoding)
@@ -134,52 +119,38 @@ class Sampler:
 
             self.reward = load_reward(args.reward, device)
 
-    # sampling
-
-    def room(self) -> int:
-        """How long a prompt may be."""
-        block = self.gpt.config.block_size
-        if self.new >= block:
-            raise InputError(
-                f"--max_new_tokens {self.new} leaves no room for a prompt: block_size is {block}"
-            )
-        return block - self.new
-
     def tokens(self, prompt: str) -> list[int]:
-        return self.encoding.encode_ordinary(prompt) or [self.encoding.eot_token]
-
-    def draw(self, prompts: list[tuple[int, str]], n: int) -> list[list[list[int]]]:
-        """n completions of each (place, prompt), as token ids; processes share the prompts."""
-        mine, out = prompts[rank() :: world()], {}
-        if mine:
-            with autocast(self.args.dtype, self.device):
-                ys = self.gpt.generate(
-                    [self.tokens(prompt)[-self.room() :] for _, prompt in mine],
-                    max_new_tokens=self.new,
-                    n=n,
-                    temperature=self.temperature,
-                    top_k=self.args.top_k,
-                    eot=self.encoding.eot_token,
-                    uniform=torch.cat([self.uniform(place, n) for place, _ in mine]),
-                )
-            out = {place: ys[i * n : (i + 1) * n] for i, (place, _) in enumerate(mine)}
-        drawn = dict(item for part in gather(out) for item in part.items())
-        return [drawn[place] for place, _ in prompts]
-
-    def uniform(self, place: int, n: int) -> torch.Tensor:
-        seed = np.random.SeedSequence([self.args.seed, place]).generate_state(1)[0]
-        return torch.rand(n, self.new, generator=torch.Generator().manual_seed(int(seed)))
+        """The end of a prompt that leaves room for what is drawn."""
+        ids = self.encoding.encode_ordinary(prompt) or [self.encoding.eot_token]
+        room = self.gpt.config.block_size - self.new
+        self.report.cut_prompts += len(ids) > room
+        return ids[-room:]
 
     def sample(self, prompts: list[tuple[int, str]]) -> list[dict]:
         """A row {prompt, completions, rewards (with --reward)} for each (place, prompt)."""
         each, eot = self.args.best_of or 1, self.encoding.eot_token
-        rows, ended = [], []
-        for (_, prompt), ys in zip(prompts, self.draw(prompts, self.args.n * each), strict=True):
-            whole = [y[-1] == eot for y in ys]
-            texts = [decode(self.encoding, y[: len(y) - e]) for y, e in zip(ys, whole, strict=True)]
-            rows.append({"prompt": prompt, "completions": texts})
-            ended += whole
+        n = self.args.n * each
+        with autocast(self.args.dtype, self.device):
+            drawn = self.gpt.generate(
+                [self.tokens(prompt) for _, prompt in prompts],
+                max_new_tokens=self.new,
+                n=n,
+                temperature=self.temperature,
+                top_k=self.args.top_k,
+                eot=eot,
+                uniform=torch.cat([self.uniform(place, n) for place, _ in prompts]),
+            )
+        ended = [y[-1] == eot for y in drawn]
+        texts = [decode(self.encoding, y[: len(y) - e]) for y, e in zip(drawn, ended, strict=True)]
+        rows = [
+            {"prompt": prompt, "completions": texts[i * n : (i + 1) * n]}
+            for i, (_, prompt) in enumerate(prompts)
+        ]
         return [best(row, each) for row in self.rate(rows, ended)] if self.reward else rows
+
+    def uniform(self, place: int, n: int) -> Tensor:
+        seed = np.random.SeedSequence([self.args.seed, place]).generate_state(1)[0]
+        return torch.rand(n, self.new, generator=torch.Generator().manual_seed(int(seed)))
 
     def rate(self, rows: list[dict], ended=None) -> list[dict]:
         """The rows with `rewards`."""
@@ -187,8 +158,6 @@ class Sampler:
         prompts, completions = map(list, zip(*flat, strict=True))
         rewards = iter(self.reward(prompts, completions, ended).tolist())
         return [row | {"rewards": [next(rewards) for _ in row["completions"]]} for row in rows]
-
-    # scoring
 
     def score(self, rows: list[tuple[int, Row]]) -> list[dict]:
         """The (number, row) with `logps`, log pi of each completion (end of text included), and
@@ -202,17 +171,19 @@ class Sampler:
         for name, scorer in self.models.items():
             logps = score(scorer, groups, args.batch_size, self.device, args.dtype)
             found[name] = iter(logps[1::2].tolist())  # every group is a prompt and a completion
-        out = []
-        for number, row in rows:
+        scored = []
+        for _, row in rows:
             own = {name: [next(logps) for _ in row.completions] for name, logps in found.items()}
             texts = {"completions": list(row.completions)}
             if row.kind == "pair" and not self.reward:  # stays a pair
                 texts = dict(zip(("chosen", "rejected"), row.completions, strict=True))
-            rated = {"rewards": list(row.rewards)} if row.rewards and not self.reward else {}
-            out.append({"prompt": row.prompt or "", **texts, **own, **rated})
-            out[-1] |= {"row": number} if args.ref else {}
-        out = self.rate(out) if self.reward else out
-        return [row | self.target(row) for row in out] if args.ref else out
+            rated = {"rewards": row.rewards} if row.rewards and not self.reward else {}
+            scored.append({"prompt": row.prompt or "", **texts, **own, **rated})
+        scored = self.rate(scored) if self.reward else scored
+        if not args.ref:
+            return scored
+        places = [{"row": number} for number, _ in rows]
+        return [row | at | self.target(row) for row, at in zip(scored, places, strict=True)]
 
     def target(self, row: dict) -> dict:
         """{target: p over the completions}, where the row has an order or rewards."""
@@ -235,41 +206,24 @@ def best(row: dict, of: int) -> dict:
 # Rows in, rows out
 
 
-def read_work(args: argparse.Namespace, sampler: Sampler) -> list:
-    """(number, row) to score, or (place, prompt) to sample from."""
-    if args.prompts is None and not args.score:
-        prompts = [args.prompt or ""]
-    else:
-        report, use = Report(), "score" if args.score else "prompt"
-        path = args.score or args.prompts
-        rows = [(report.rows, row) for _, row in read_files([path], use, report)]
-        say(f"{path}: {report}", sys.stderr)
-        if args.score:
-            return rows
-        prompts = [row.prompt for _, row in rows]
-    cut = sum(len(sampler.tokens(prompt)) > sampler.room() for prompt in prompts)
-    if cut:
-        say(f"{cut} prompts cut from the left to {sampler.room()} tokens", sys.stderr)
-    return list(enumerate(prompts))
-
-
-def run(args: argparse.Namespace, device: torch.device) -> None:
+def run(args: argparse.Namespace) -> None:
     """Every row to --out, or to the screen, as soon as it is there. All input is read before --out
     is touched."""
-    if args.out and not args.out.endswith(".jsonl"):
-        raise InputError(f"--out {args.out}: must end in .jsonl")
-    sampler = Sampler(args, device)
-    todo = read_work(args, sampler)
-    done = in_first(whole_lines, Path(args.out), args.overwrite) if args.out else 0
-    work = sampler.score if args.score else sampler.sample
-    size = args.batch_size * world()
-    starts = range(done, len(todo), size)
-    for start in tqdm(starts, "rows", disable=len(starts) < 2 or rank() > 0):
-        for row in work(todo[start : start + size]):
-            if args.out:
-                in_first(append, Path(args.out), row)
-            else:
-                show(row)
+    sampler, todo = Sampler(args, pick_device(args.device)), [(0, args.prompt)]
+    if path := args.score or args.prompts:
+        report = Report()
+        rows = [
+            (report.rows, row)
+            for _, row in read_files([path], "score" if args.score else "prompt", report)
+        ]
+        say(f"{path}: {report}", sys.stderr)
+        todo = rows if args.score else [(i, row.prompt) for i, (_, row) in enumerate(rows)]
+    done = whole_lines(Path(args.out), args.overwrite) if args.out else 0
+    work, starts = sampler.score if args.score else sampler.sample, range(done, len(todo))
+    starts = starts[:: args.batch_size]
+    for start in tqdm(starts, "rows", disable=len(starts) < 2):
+        for row in work(todo[start : start + args.batch_size]):
+            append(Path(args.out), row) if args.out else show(row)
     if sampler.report.cut_prompts or sampler.report.cut_completions:
         say(f"cut to block_size: {sampler.report.cut()}", sys.stderr)
 
@@ -277,37 +231,18 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 def whole_lines(path: Path, overwrite: bool) -> int:
     """How many lines --out has; a last one that was cut off is removed."""
     make_folder(path.parent)
-    try:
-        with open(path, "wb+" if overwrite else "ab+") as file:
-            file.seek(0)
-            content = file.read()
-            start = content.rfind(b"\n") + 1
-            if is_json(content[start:]):  # only its end is missing
-                content += file.write(b"\n") * b"\n"
-            else:
-                file.truncate(start)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
-    found = content.count(b"\n")
-    if found:
+    with one_sentence(f"cannot write {path}", OSError), open(path, "ab+") as file:
+        file.seek(0)
+        content = b"" if overwrite else file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+    if found := content.count(b"\n"):
         say(f"{path}: {found} rows are there already", sys.stderr)
     return found
 
 
-def is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
-
-
 def append(path: Path, row: dict) -> None:
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    except OSError as error:  # a full disk
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    with one_sentence(f"cannot write {path}", OSError), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def show(row: dict) -> None:
@@ -320,46 +255,22 @@ def show(row: dict) -> None:
         say("-" * 80 + " ".join(["", *about]))
 
 
-def export(args: argparse.Namespace) -> None:
-    """The checkpoint as a Hugging Face folder, with the tokenizer of the one that it began from.
-
-    config.json keeps our encoding and temperature for a later --init; generation_config.json makes
-    transformers' `generate` draw from the distribution that was trained.
-    """
-    gpt, ckpt = load_gpt(args.checkpoint, encoding=args.encoding, which=args.which)
-    name, temperature, out = ckpt["encoding"], ckpt["temperature"], Path(args.export)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--export {out} is not an empty folder: give another")
-    eot, files = get_encoding(name).eot_token, tokenizer_files(Path(args.checkpoint))
-    make_folder(out)
-    try:
-        for file in files:
-            shutil.copyfile(file, out / file.name)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
-    generation = {"do_sample": True, "temperature": temperature, "top_k": 0}
-    generation |= {"bos_token_id": eot, "eos_token_id": eot}
-    write_json(out / "generation_config.json", generation)
-    save_pretrained(gpt, out, eot, exo={"encoding": name, "temperature": temperature})
-    print(f"{out}: GPT-2 of {sum(p.numel() for p in gpt.parameters()):,} parameters")
-    if not files:
-        print(f"no tokenizer is written: training did not begin from a folder with one for {name}")
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
-        with processes(args.device) as device:
-            export(args) if args.export else run(args, device)
+        if args.export:
+            export(args.checkpoint, Path(args.export), args.encoding, args.which)
+        else:
+            run(args)
     except KeyboardInterrupt:
         kept = f"; {args.out} keeps its rows, the same command goes on" if args.out else ""
         print(f"sample.py: stopped{kept}", file=sys.stderr)
         return 130
     except InputError as error:
-        complain("sample.py", error)
+        print(f"sample.py: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(main())

@@ -11,6 +11,7 @@ beside these. It knows nothing of processes: what many sharded processes saved o
 """
 
 import json
+import shutil
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -18,14 +19,14 @@ from pathlib import Path
 import torch
 
 from data import get_encoding
-from infra.huggingface import from_pretrained, pretrained_config
+from infra.huggingface import from_pretrained, pretrained_config, save_pretrained, tokenizer_files
 from infra.rows import InputError, make_folder, one_sentence, read_json, replacing, write_json
 from model import GPT, GPTConfig
 
 FILES = {"last": "ckpt.pt", "best": "best.pt"}  # what --which chooses from
 GO_ON = ("step", "evaluated", "best", "optimizer", "task", "sft")  # beside weights, to resume
 FREE = {  # flags that may change when a run goes on: the mathematics stays
-    *("out", "resume", "overwrite", "device", "compile", "fsdp", "threads"),
+    *("out", "resume", "overwrite", "device", "compile", "fsdp"),
     *("micro_batch_size", "gradient_checkpointing", "max_iters", "epochs", "log_interval"),
 }
 
@@ -87,6 +88,30 @@ def load_hugging_face(folder: Path, encoding: str | None) -> tuple[GPT, dict]:
         "temperature": ours.get("temperature", 1.0),
         "left_out": config["vocab_size"] - gpt.config.vocab_size,
     }
+
+
+def export(path: str, out: Path, encoding: str | None = None, which: str = "last") -> None:
+    """The model at path as a Hugging Face folder, with the tokenizer of the one that it began from.
+
+    config.json keeps our encoding and temperature for a later --init; generation_config.json makes
+    transformers' `generate` draw from the distribution that was trained.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--export {out} is not an empty folder: give another")
+    gpt, ckpt = load_gpt(path, encoding=encoding, which=which)
+    name, temperature = ckpt["encoding"], ckpt["temperature"]
+    eot, files = get_encoding(name).eot_token, tokenizer_files(Path(path))
+    save_pretrained(gpt, out, eot, exo={"encoding": name, "temperature": temperature})
+    generation = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    write_json(
+        out / "generation_config.json", generation | {"bos_token_id": eot, "eos_token_id": eot}
+    )
+    with one_sentence(f"cannot write {out}", OSError):
+        for file in files:
+            shutil.copyfile(file, out / file.name)
+    print(f"{out}: GPT-2 of {sum(p.numel() for p in gpt.parameters()):,} parameters")
+    if not files:
+        print(f"no tokenizer is written: training did not begin from a folder with one for {name}")
 
 
 def plain(settings) -> dict:

@@ -38,16 +38,12 @@ from model import Block
 
 
 def pick_device(name: str | None) -> torch.device:
-    have = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    name = name or next(kind for kind, there in have.items() if there)
-    if not have.get(name.partition(":")[0]):
-        raise InputError(
-            f"--device {name} is not there; this machine has {[k for k in have if have[k]]}"
-        )
+    """The named device, or the first there is of cuda, mps and cpu."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    have = [kind for kind, there in have.items() if there] + ["cpu"]
+    name = name or have[0]
+    if name.partition(":")[0] not in have:
+        raise InputError(f"--device {name} is not there; this machine has {', '.join(have)}")
     return torch.device(name)
 
 
@@ -236,22 +232,24 @@ def load_optimizer(module: torch.nn.Module, optimizer, state: dict) -> None:
 
 
 # ------------------------------------------------------------------------------
-# Scoring many groups: each process its share
+# Many groups, of which each process takes its share
 
 
 @torch.no_grad()
-def passes(module, groups: Groups, size: int, device: torch.device, ids=None, note: str = ""):
-    """Yields (batch on the CPU, module's result) over this process' share of these groups, all by
-    default, `size` groups of similar length at once. `note` names a progress bar."""
+def passes(module, groups: Groups, size: int, device, dtype=None, ids=None, note="", call=None):
+    """Yields (batch on the CPU, what `call`, by default the module, makes of it) over this process'
+    share of these groups, all by default, `size` groups of similar size at once. dtype: as
+    --dtype says. `note` names a progress bar."""
     ids = np.arange(len(groups)) if ids is None else ids
     ids = ids[np.argsort(groups.sizes()[ids], kind="stable")]
     starts = range(0, len(ids), size * world())
-    dtype = next(module.parameters()).dtype
+    weights = next(module.parameters()).dtype
     for start in tqdm(starts, note, disable=not note or rank() > 0, leave=False):
         mine = ids[start + rank() * size :][:size]
         spare = len(mine) == 0  # a sharded module needs all processes in each of its calls
         batch = collate(groups, ids[:1] if spare else mine, rounding(device))
-        result = module(batch.to(device, dtype))
+        with autocast(dtype, device):
+            result = (call or module)(batch.to(device, weights))
         if not spare:
             yield batch, result
     for part in module.modules():  # the root keeps its weights whole after a forward pass
@@ -259,15 +257,12 @@ def passes(module, groups: Groups, size: int, device: torch.device, ids=None, no
             part.reshard()
 
 
-def score(
-    module, groups: Groups, size: int, device: torch.device, dtype=None, ids=None, note: str = ""
-) -> Tensor:
+def score(module, groups: Groups, size: int, device, dtype=None, ids=None, note="") -> Tensor:
     """log pi (of a reward model: the reward) of the completions of these groups (all by default):
     (M,) float64 on the CPU, 0 elsewhere. Processes share the work, and each has all results."""
     out = torch.zeros(len(groups.ended), dtype=torch.float64)
-    with autocast(dtype, device):
-        for batch, result in passes(module, groups, size, device, ids, note):
-            logps = result[0] if isinstance(result, tuple) else result  # not PPO's values
-            logps = logps.sum(-1) if logps.dim() == 3 else logps  # (B, K)
-            out[batch.segment[batch.mask]] = logps.cpu()[batch.mask].double()
+    for batch, result in passes(module, groups, size, device, dtype, ids, note):
+        logps = result[0] if isinstance(result, tuple) else result  # not PPO's values
+        logps = logps.sum(-1) if logps.dim() == 3 else logps  # (B, K)
+        out[batch.segment[batch.mask]] = logps.cpu()[batch.mask].double()
     return merge(out)

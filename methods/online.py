@@ -107,66 +107,61 @@ def mean_and_error(name: str, x: Tensor) -> dict[str, float]:
 
 
 class Rounds:
-    """Which prompts a round draws for, and which of its groups a step reads. `groups` are those of
-    the round that is going on."""
+    """A stage that learns in rounds: which prompts a round draws for, and which of its groups a
+    step reads. `groups` are those of the round that is going on. OnlineStage and PPOStage add what
+    they keep of a round (`store`, which gives the log-ratios of all draws) and their loss."""
 
-    def __init__(self, s, policy, prompts: Groups, passes: int = 1):
-        self.s, self.policy, self.prompts, self.passes = s, policy, prompts, passes
-        self.reward = load_reward(s.reward, policy.device)
+    heads: dict = {}  # noqa: RUF012 - nothing beside the GPT is saved to sample from
+    held_out = None  # the loss of a round's draws means nothing elsewhere; evaluate() measures J
+    passes = 1  # over the groups of a round
+
+    def begin(self, s, policy, prompts: Groups, held_out: Groups | None, beta: float) -> None:
+        self.s, self.policy, self.prompts, self.beta = s, policy, prompts, beta
+        self.eval_prompts = held_out or prompts
+        self.reward, self.ref = load_reward(s.reward, policy.device), policy.reference()
         self.epochs = Epochs(prompts, s.batch_size, s.seed)
-        self.steps = s.max_iters or math.ceil(s.epochs * self.epochs.n_batches) * passes
-        self.round, self.groups = -1, prompts
-
-    def place(self, step: int) -> tuple[int, int, int, int]:
-        """(round, its first batch of prompts, how many it has, step within the round)."""
-        round_, within = divmod(step, self.s.round_iters * self.passes)
-        first = round_ * self.s.round_iters
-        n = min(self.s.round_iters, math.ceil(self.steps / self.passes) - first)
-        return round_, first, n, within
+        self.steps = s.max_iters or math.ceil(s.epochs * self.epochs.n_batches) * self.passes
+        self.round, self.groups, self.figures = -1, prompts, {}
 
     def ids(self, step: int) -> np.ndarray:
-        """The groups of the round that this step reads."""
-        round_, _, n, within = self.place(step)
+        """The groups of the round that this step reads, drawn and rated if it begins the round."""
+        round_, within = divmod(step, self.s.round_iters * self.passes)
+        first = round_ * self.s.round_iters  # batch of prompts
+        n = min(self.s.round_iters, math.ceil(self.steps / self.passes) - first)
+        if round_ != self.round:
+            rows = np.concatenate([self.epochs.batch(i) for i in range(first, first + n)])
+            seed = np.random.SeedSequence([self.s.seed, round_]).generate_state(1)[0]
+            generator = torch.Generator().manual_seed(int(seed))
+            prompts = [self.prompts.prompt(g) for g in rows]
+            groups = draw(self.policy, self.s, prompts, self.s.K, generator)
+            rate(self.policy, groups, self.reward)  # may end the run: nothing has changed so far
+            self.groups, self.round = groups, round_
+            kl = self.store().mean().item()
+            rewards = groups.rewards[groups.is_completion()]
+            self.figures = {"reward": float(rewards.mean()), "kl": kl}
         rng = np.random.default_rng([self.s.seed, round_, within // n])
         return np.array_split(rng.permutation(len(self.groups)), n)[within % n]
 
-    def begin(self, step: int) -> bool:
-        """Draw and rate, where this step begins a round."""
-        round_, first, n, _ = self.place(step)
-        if round_ == self.round:
-            return False
-        rows = np.concatenate([self.epochs.batch(i) for i in range(first, first + n)])
-        seed = np.random.SeedSequence([self.s.seed, round_]).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(seed))
-        prompts = [self.prompts.prompt(g) for g in rows]
-        groups = draw(self.policy, self.s, prompts, self.s.K, generator)
-        rate(self.policy, groups, self.reward)  # may end the run: nothing has changed so far
-        self.groups, self.round = groups, round_
-        return True
+    def score(self, module) -> Tensor:
+        """log pi of the round's draws, (G, K)."""
+        s, device = self.s, self.policy.device
+        logps = score(module, self.groups, s.at_once, device, s.dtype)
+        return logps[self.groups.is_completion()].view(-1, s.K)
 
-    def figures(self, log_ratio: Tensor) -> dict[str, float]:
-        """log_ratio: (N,) log pi - log sft of the completions of the round."""
-        return {"reward": float(np.nanmean(self.groups.rewards)), "kl": log_ratio.mean().item()}
-
-    def evaluate(self, ref, held_out: Groups | None, beta: float, step: int) -> dict:
+    def evaluate(self, step: int) -> dict:
         """Minus J = reward - beta KL, as the loss."""
         if not self.s.kl_samples:
             return {}
-        prompts = self.prompts if held_out is None else held_out
-        result = drawn_figures(self.policy, self.s, ref, prompts, self.reward, step)
-        return {"loss": beta * result["kl"] - result["reward"], **result}
+        result = drawn_figures(self.policy, self.s, self.ref, self.eval_prompts, self.reward, step)
+        return {"loss": self.beta * result["kl"] - result["reward"], **result}
 
     def state(self) -> dict:
-        if self.round < 0:
-            return {"round": -1}
         arrays = {k: v for k, v in vars(self.groups).items() if isinstance(v, np.ndarray)}
-        return {
-            "round": self.round,
-            "groups": {k: torch.from_numpy(v) for k, v in arrays.items()},
-        }
+        groups = {k: torch.from_numpy(v) for k, v in arrays.items()} if self.round >= 0 else {}
+        return {"round": self.round, "groups": groups, "figures": self.figures}
 
     def load_state(self, state: dict) -> None:
-        self.round = state["round"]
+        self.round, self.figures = state["round"], state["figures"]
         if self.round >= 0:
             arrays = {k: v.numpy() for k, v in state["groups"].items()}
             self.groups = Groups(**arrays, eot=self.policy.encoding.eot_token)
@@ -176,7 +171,7 @@ class Rounds:
 # EXO and DPO, online
 
 
-class OnlineStage:
+class OnlineStage(Rounds):
     """A preference loss on completions drawn from a snapshot rho of the policy; sft is still
     --init.
 
@@ -184,59 +179,27 @@ class OnlineStage:
     other completions: q = softmax(beta_pi (log pi - log sft)), p = softmax(r / beta_r).
     """
 
-    heads: dict = {}  # noqa: RUF012 - nothing beside the GPT
+    def __init__(self, s, policy, prompts: Groups, held_out: Groups | None = None):
+        self.begin(s, policy.scoring(s), prompts, held_out, beta=s.beta_r * s.beta_pi)
 
-    def __init__(self, s, policy, prompts: Groups, held_out: Groups | None):
-        self.s, self.policy, self.held_out = s, policy.scoring(s), held_out
-        self.rounds = Rounds(s, policy, prompts)
-        self.steps, self.ref = self.rounds.steps, policy.reference()
-        self.loss_fn, self.needs = exo.LOSSES[s.stage], exo.needs(s.stage)
-        self.figures: dict = {}
-
-    @property
-    def groups(self) -> Groups:
-        return self.rounds.groups
-
-    def ids(self, step: int) -> np.ndarray:
-        if self.rounds.begin(step):
-            self.store()
-        return self.rounds.ids(step)
-
-    def store(self) -> None:
-        """Reference log-probs and targets of the round's completions, beside them."""
-        s, groups = self.s, self.groups
-        real = groups.is_completion()
-        ref, rho = (
-            score(module, groups, s.at_once, self.policy.device, s.dtype)[real].view(-1, s.K)
-            for module in (self.ref, self.policy.module)
-        )
-        rewards = torch.from_numpy(groups.rewards[real]).view(-1, s.K)
-        self.figures = self.rounds.figures(rho - ref)
+    def store(self) -> Tensor:
+        """Reference log-probs and targets of the round's draws, beside them."""
+        s, groups, real = self.s, self.groups, self.groups.is_completion()
+        ref, rho = self.score(self.ref), self.score(self.policy.module)
+        log_ratio, rewards = rho - ref, torch.from_numpy(groups.rewards[real]).view(-1, s.K)
         target = exo.reward_target(rewards, s.beta_r)
-        if self.needs.on_policy:
+        if s.needs.on_policy:
             target = exo.on_policy_target(rewards, ref, rho, s.beta_r)
             ref = exo.on_policy_ref(ref, rho, s.beta_pi)
         groups.ref_logps, groups.log_target = np.zeros(len(real)), np.zeros(len(real))
         groups.ref_logps[real], groups.log_target[real] = ref.flatten(), target.flatten()
+        return log_ratio
+
+    def loss(self, batch) -> tuple[Tensor, dict]:
+        s, logps = self.s, self.policy.module(batch).sum(-1)  # (B, K)
+        more = {"lengths": batch.lengths()} if s.needs.lengths else {}
+        targets = batch.ref_logps, batch.log_target
+        return exo.LOSSES[s.stage](logps, *targets, s.beta_pi, batch.mask, **more), {}
 
     def weigh(self, batch) -> int:
         return len(batch.mask)
-
-    def loss(self, batch) -> tuple[Tensor, dict]:
-        logps = self.policy.module(batch).sum(-1)  # (B, K)
-        more = {"lengths": batch.lengths()} if self.needs.lengths else {}
-        loss = self.loss_fn(
-            logps, batch.ref_logps, batch.log_target, self.s.beta_pi, batch.mask, **more
-        )
-        return loss, {}
-
-    def evaluate(self, step: int) -> dict:
-        beta = self.s.beta_r * self.s.beta_pi
-        return self.rounds.evaluate(self.ref, self.held_out, beta, step)
-
-    def state(self) -> dict:
-        return self.rounds.state() | {"figures": self.figures}
-
-    def load_state(self, state: dict) -> None:
-        self.rounds.load_state(state)
-        self.figures = state["figures"]

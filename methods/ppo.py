@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from data import Groups
-from infra.parallel import autocast, load_weights, merge, passes, rounding, weights_to_save
+from infra.parallel import load_weights, merge, passes, rounding, weights_to_save
 from methods.online import Rounds
 from model import GPT, ScalarHead, Scorer, scored_hidden, to_grid
 
@@ -119,86 +119,59 @@ class ActorCritic(torch.nn.Module):
 # The stage
 
 
-class PPOStage:
+class PPOStage(Rounds):
     """`stored` holds what the loss needs beside the tokens: (M, T) tensors on the device, a row for
     each segment of the round's groups."""
 
-    heads: dict = {}  # noqa: RUF012 - the critic is no part of what is sampled from
-
-    def __init__(self, s, policy, prompts: Groups, held_out: Groups | None):
+    def __init__(self, s, policy, prompts: Groups, held_out: Groups | None = None):
         module = ActorCritic(policy.gpt, policy.temperature)
-        self.s, self.policy, self.held_out = s, policy.wrap(module, s), held_out
-        self.rounds = Rounds(s, policy, prompts, s.ppo_epochs)
-        self.steps, self.ref = self.rounds.steps, policy.reference()
-        self.stored: dict = {}
-        self.figures: dict = {}
+        self.passes, self.stored = s.ppo_epochs, {}
+        self.begin(s, policy.wrap(module, s), prompts, held_out, beta=s.kl_coef)
 
-    @property
-    def groups(self) -> Groups:
-        return self.rounds.groups
-
-    def ids(self, step: int):
-        if self.rounds.begin(step):
-            self.store()
-        return self.rounds.ids(step)
-
-    def store(self) -> None:
+    def store(self) -> Tensor:
         s, groups = self.s, self.groups
         real = torch.from_numpy(groups.is_completion())
         logps, values, ref_logps = self.per_token()  # (M, T), 0 where nothing is scored
         length = torch.from_numpy(groups.lengths()) * real
         scored = torch.arange(logps.size(1)) < length[:, None]
-        self.figures = self.rounds.figures((logps - ref_logps).sum(-1)[real])
         rewards = -s.kl_coef * (logps - ref_logps)
         rewards[real, length[real] - 1] += torch.from_numpy(groups.rewards)[real].to(rewards)
-        advantages, returns = gae(rewards, values, scored, s.gamma, s.lam)
+        advantages, returns = gae(rewards, values, scored)
         stored = {"old_logps": logps, "old_values": values, "returns": returns}
         stored |= {"advantages": whiten(advantages, scored)}
         self.stored = {k: v.to(self.policy.device) for k, v in stored.items()}
+        return (logps - ref_logps).sum(-1)[real]
 
-    def per_token(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(log pi, value, log sft) of every completion token of the round, (M, T) on the CPU."""
+    def per_token(self) -> list[Tensor]:
+        """[log pi, value, log sft] of every completion token of the round, (M, T) on the CPU."""
         s, groups, device = self.s, self.groups, self.policy.device
-        longest = int(groups.lengths().max()) + 1
-        T = -(-longest // rounding(device)) * rounding(device)  # as wide as any batch
+        step = rounding(device)
+        T = -(-int(groups.lengths().max()) // step) * step  # as wide as any batch
         dtype = self.policy.gpt.wte.weight.dtype
         out = [torch.zeros(len(groups.ended), T, dtype=dtype) for _ in range(3)]
-        with autocast(s.dtype, device):
-            for batch, result in passes(self.policy.module, groups, s.at_once, device):
-                for store, x in zip(out, result, strict=False):
+        for module, stores in ((self.policy.module, out[:2]), (self.ref, out[2:])):
+            for batch, result in passes(module, groups, s.at_once, device, s.dtype):
+                result = result if isinstance(result, tuple) else (result,)
+                for store, x in zip(stores, result, strict=True):
                     store[batch.segment, : x.size(-1)] = x.to(store)
-            for batch, x in passes(self.ref, groups, s.at_once, device):
-                out[2][batch.segment, : x.size(-1)] = x.to(out[2])
-        return tuple(map(merge, out))
+        return [merge(x) for x in out]
+
+    def loss(self, batch) -> tuple[Tensor, dict]:
+        logps, values = self.policy.module(batch)
+        scored = batch.targets >= 0  # (B, K, T)
+        stored = {k: v[batch.segment][..., : scored.size(-1)] for k, v in self.stored.items()}
+        return ppo_loss(logps, values, **stored, scored=scored, clip=self.s.clip)
 
     def weigh(self, batch) -> int:
         return int(batch.lengths().sum())
 
-    def loss(self, batch) -> tuple[Tensor, dict]:
-        s, T = self.s, batch.targets.size(-1)
-        logps, values = self.policy.module(batch)
-        stored = {k: v[batch.segment][..., :T] for k, v in self.stored.items()}
-        return ppo_loss(
-            logps,
-            values,
-            **stored,
-            scored=batch.targets >= 0,
-            clip=s.clip,
-            value_clip=s.value_clip,
-            value_coef=s.value_coef,
-        )
-
-    def evaluate(self, step: int) -> dict:
-        return self.rounds.evaluate(self.ref, self.held_out, self.s.kl_coef, step)
-
     def state(self) -> dict:
         scorer = self.policy.scorer
         critic = {k: weights_to_save(getattr(scorer, k)) for k in ("critic", "value")}
-        return self.rounds.state() | critic | {"stored": self.stored, "figures": self.figures}
+        return super().state() | critic | {"stored": self.stored}
 
     def load_state(self, state: dict) -> None:
+        super().load_state(state)
         for name in ("critic", "value"):
             load_weights(getattr(self.policy.scorer, name), state[name])
-        self.rounds.load_state(state)
         self.stored = {k: v.to(self.policy.device) for k, v in state["stored"].items()}
-        self.figures = state["figures"]

@@ -80,51 +80,42 @@ class RewardStage:
     spare = 1  # tokens less than block_size that a text may have: the end of text is read, too
     figures: dict = {}  # noqa: RUF012 - nothing beside what the loss gives
 
-    def __init__(self, s, policy, groups: Groups, held_out: Groups | None):
+    def __init__(self, s, policy, groups: Groups, held_out: Groups | None = None):
         self.s, self.policy = s, policy.wrap(RewardModel(policy.gpt), s)
-        self.groups, self.held_out = (g and to_rate(g) for g in (groups, held_out))
+        self.groups, self.held_out = (part and to_rate(part) for part in (groups, held_out))
         for part in filter(None, (self.groups, self.held_out)):
             set_targets(part)  # only their order counts
-        self.epochs = Epochs(self.groups, s.batch_size, s.seed)
-        self.ids, self.steps = self.epochs.batch, s.steps(self.epochs.n_batches)
+        epochs = Epochs(self.groups, s.batch_size, s.seed)
+        self.ids, self.steps = epochs.batch, s.steps(epochs.n_batches)
         self.heads = {"head": self.policy.scorer.head}
+
+    def loss(self, batch) -> tuple[Tensor, dict]:
+        rewards = self.policy.module(batch)  # (B, K)
+        better = exo.preferred(batch.log_target, batch.mask)
+        loss, seen = (
+            exo.reward_model_loss(rewards, self.s.label_smoothing, better),
+            rewards.detach(),
+        )
+        return loss, {
+            "accuracy": exo.accuracy(seen, batch.log_target, batch.mask),
+            "reward": (seen.sum(-1) / batch.mask.sum(-1)).mean(),
+        }
 
     def weigh(self, batch) -> int:
         return len(batch.mask)
 
-    def loss(self, batch) -> tuple[Tensor, dict]:
-        better = exo.preferred(batch.log_target, batch.mask)
-        rewards = self.policy.module(batch)
-        return exo.reward_model_loss(rewards, self.s.label_smoothing, better), {}
-
-    def score(self, groups: Groups, ids=None) -> Tensor:
-        return score(
-            self.policy.module, groups, self.s.at_once, self.policy.device, self.s.dtype, ids
-        )
-
     def evaluate(self, step: int) -> dict:
         if step > 0:  # before, all rewards are 0
             self.center()
-        if self.held_out is None:
-            return {}
-        segment, mask = map(torch.from_numpy, self.held_out.grid(np.arange(len(self.held_out))))
-        rewards = self.score(self.held_out)[segment]
-        target = torch.from_numpy(self.held_out.log_target)[segment]
-        better = exo.preferred(target, mask)
-        present = rewards[mask]
-        return {
-            "loss": exo.reward_model_loss(rewards, self.s.label_smoothing, better).item(),
-            "accuracy": exo.accuracy(rewards, target, mask).item(),
-            "reward": present.mean().item(),
-            "reward_std": present.std().item(),
-        }
+        return {}
 
     def center(self) -> None:
         """Set the bias; it has no part in the loss."""
         some = evenly_spaced(len(self.groups), 64)
         segment, mask = self.groups.grid(some)
-        rewards = self.score(self.groups, some)[segment[mask]]
-        head = self.policy.scorer.head
+        policy, head = self.policy, self.policy.scorer.head
+        rewards = score(policy.module, self.groups, self.s.at_once, policy.device, ids=some)
+        rewards = rewards[segment[mask]]
         state = whole_weights(head)
         load_weights(head, state | {"bias": state["bias"] - rewards.mean().item()})
 
@@ -174,7 +165,7 @@ def model_reward(ckpt: dict, device, spec: str):
                 f"{report.cut_prompts} prompts, {report.cut_completions} completions "
                 f"of {len(prompts)}")  # fmt: skip
         groups, out = to_rate(builder.groups()), torch.zeros(2 * len(prompts), dtype=torch.float64)
-        for batch, rewards in passes(model, groups, 64, device):
+        for batch, rewards in passes(model, groups, 64, device, "float32"):
             out[batch.segment] = rewards.cpu().double()
         return merge(out)[1::2]  # every group is a prompt and a completion
 
