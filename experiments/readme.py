@@ -16,7 +16,7 @@ import torch
 
 from exo import dpo_loss, exo_loss, preference_target
 from experiments.common import distinct, mean_se, only
-from experiments.frontier import CALIBRATION
+from experiments.text.constants import CALIBRATION
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -325,7 +325,7 @@ def seeded(row: dict, name: str, all_seeds: int) -> str:
 
 def text_world(reward: str) -> str:
     """Oracle reward read off each method's frontier at each KL, and the highest that it reached."""
-    done, out = read("frontier/results.json"), []
+    done, out = read("text/results.json"), []
     rows = {(r["method"], r["kl"]): r for r in done["matched"] if r["reward"] == reward}
     budgets = sorted({kl for _, kl in rows})
     ends = {row["method"]: row for row in done["reach"] if row["reward"] == reward}
@@ -343,7 +343,7 @@ def text_world(reward: str) -> str:
 
 def text_leads(reward: str) -> str:
     """EXO's lead over DPO in oracle reward at equal KL, paired over seeds: 95 % intervals."""
-    done, out = read("frontier/results.json"), {}
+    done, out = read("text/results.json"), {}
     rows = [r for r in done["matched"] if r["reward"] == reward and "lead" in r]
     budgets = sorted({row["kl"] for row in rows})
     for row in rows:
@@ -358,7 +358,7 @@ def text_leads(reward: str) -> str:
 def text_forms() -> str:
     """What policies write at each beta: share of well-formed texts and KL, mean over seeds; and the
     share of praise among them, seed by seed, where conviction pulls hardest."""
-    done, out = read("frontier/results.json"), []
+    done, out = read("text/results.json"), []
     matrix = done["settings"]["matrix"]
     where = {"n_embd": matrix["n_embd"]}
     finals = only(done["rows"], last=True, n_pairs=None, **where)
@@ -381,7 +381,7 @@ def text_forms() -> str:
 
 def text_calibration() -> str:
     """With the oracle, at small KL: shares of the optimum's gain over sft, and EXO's lead."""
-    done, out = read("frontier/results.json"), []
+    done, out = read("text/results.json"), []
     (exo, dpo), rows = CALIBRATION, done["calibration"]
     all_seeds = done["settings"]["matrix"]["seeds"]
     places = dict.fromkeys((row["reward"], row["n_embd"], row["kl"]) for row in rows)
@@ -403,7 +403,7 @@ def text_calibration() -> str:
 
 def text_wins(reward: str, budget: float) -> str:
     """Win rates at one KL, by the oracle and by the reward model."""
-    done, out = read("frontier/results.json"), []
+    done, out = read("text/results.json"), []
     all_seeds = done["settings"]["matrix"]["seeds"]
     columns = ("win_oracle_sft", "win_rm_sft", "win_oracle_chosen", "win_rm_chosen")
     for row in done["matched"]:
