@@ -38,8 +38,9 @@ def draw_curves(axis, done: dict, methods: tuple[str, ...], **where) -> float:
     farthest = 0.0
     for method in ("optimum", *methods):
         rows = frontier(done, method, **where)
-        own_start = method.startswith("best-of-n") or not rows  # n = 1
-        points = ([] if own_start else mean_curve(start(done, method, **where))) + mean_curve(rows)
+        points = mean_curve(rows)
+        if rows and not method.startswith("best-of-n"):  # which begins with n = 1
+            points = mean_curve(start(done, method, **where)) + points
         x, y, dx, dy = ([p[k] for p in points] for k in ("kl", "oracle", "kl_se", "oracle_se"))
         if method == "optimum":
             axis.plot(x, y, color=INK, lw=2.2, label="the optimum π*", zorder=1)

@@ -49,9 +49,12 @@ def at_least_1(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    # without usage a mistake takes one line
-    parser = argparse.ArgumentParser("text", argparse.SUPPRESS, __doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        prog="text",
+        usage=argparse.SUPPRESS,  # so that a mistake takes one line
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--quick", action="store_true", help="constants.QUICK instead of FULL")
     parser.add_argument("--out", type=Path, help="folder (out/text; --quick: out/text-quick)")
     parser.add_argument("--seeds", type=at_least_1, help="number of seeds (3; --quick: 1)")

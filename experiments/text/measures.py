@@ -170,8 +170,8 @@ class Judges:
         ]
 
     def values(self, rated: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All that is averaged over completions, (P, n) each: the rewards by each judge, and wins,
-        1 or 0, a tie is half; NaN against the chosen where a prompt has no pair."""
+        """All that is averaged over completions, (P, n) each: the rewards by each judge, and the
+        share of sft's draws and of chosen texts that they beat; NaN where a prompt has no pair."""
         out = dict(rated)
         for judge, values in rated.items():
             held, chosen = self.held[judge], np.full(values.shape, np.nan)

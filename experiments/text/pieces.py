@@ -41,7 +41,7 @@ class Piece:
 
 def plan(matrix: constants.Matrix) -> list[Piece]:
     """All pieces. A narrow sft is for calibration: it gets no reward model."""
-    how = asdict(replace(matrix, betas=(), methods=(), seeds=0, widths=()))  # is every piece made
+    how = asdict(replace(matrix, betas=(), methods=(), seeds=0, widths=()))  # without what is run
     how["made_with"], pieces = [VERSION, constants.MADE_WITH], []
     for seed, width in itertools.product(range(matrix.seeds), (matrix.n_embd, *matrix.widths)):
         spec = {**how, "seed": seed, "n_embd": width, "sft": f"sft-s{seed}-w{width}"}
@@ -55,6 +55,7 @@ def plan(matrix: constants.Matrix) -> list[Piece]:
 
 
 def policies(spec: dict, methods: tuple, betas: tuple) -> Iterator[Piece]:
+    """One per method and beta, after the labels in `spec`."""
     for method, beta in itertools.product(methods, betas):
         rate = constants.METHODS[method][2] * (48 / spec["n_embd"])
         told = spec["seed"] == 0 and method in constants.DENSITY and beta == betas[len(betas) // 2]

@@ -1,11 +1,10 @@
 """
 From the pieces to results.json: a frontier per method, read at equal KL.
 
-A frontier is read at a given KL seed by seed , beginning at sft, KL 0, which every
-method reaches with a large enough beta; never beyond its last point. A seed whose frontier does not
-get there is left out, and a row says of how many seeds it is the mean. The optimum and best-of-n
-begin at the mean of sft's pool, trained methods at sft's draws with the same random numbers as
-theirs.
+A frontier is read at a given KL seed by seed, beginning at sft, KL 0, which every method reaches
+with a large enough beta; never beyond its last point. A seed whose frontier does not get there is
+left out, and a row says of how many seeds it is the mean. The optimum and best-of-n begin at the
+mean of sft's pool, trained methods at sft's draws with the same random numbers as theirs.
 """
 
 import itertools
@@ -163,7 +162,8 @@ def table(done: dict, matrix: Matrix) -> str:
     for (reward, _), method in itertools.product(matrix.betas, compared(matrix)):
         cells = dict.fromkeys(BUDGETS, "–")
         for row in only(done["matched"], reward=reward, method=method):
-            cells[row["kl"]] = "{oracle:.2f} ± {oracle_se:.2f} ({seeds})".format(**row)
+            error = " ± {oracle_se:.2f}" if row["seeds"] > 1 else ""
+            cells[row["kl"]] = ("{oracle:.2f}" + error + " ({seeds})").format(**row)
         line = "".join(f"{cell:>18}" for cell in cells.values())
         lines.append(f"{reward + ' ' + method:28}" + line)
     return "\n".join(lines)
