@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
@@ -61,7 +61,10 @@ def in_parallel(job: Callable, jobs: list[tuple]) -> list:
     start = {"initializer": start_worker, "initargs": (os.getpid(),)}
     with ProcessPoolExecutor(len(jobs), mp_context=get_context("spawn"), **start) as pool:
         try:
-            return [future.result() for future in [pool.submit(job, *args) for args in jobs]]
+            futures = [pool.submit(job, *args) for args in jobs]
+            for future in as_completed(futures):
+                future.result()  # the first failure is raised at once
+            return [future.result() for future in futures]
         except BaseException:  # the exit of a pool waits for jobs that run, so they are ended
             for worker in active_children():
                 worker.terminate()

@@ -26,7 +26,7 @@ PAGES = ("README.md", "QUESTIONS.md", "experiments/README.md")
 FILES = {
     "toy": "toy/results.json",
     "sweep": "toy/sweep.json",
-    "text": "frontier/results.json",
+    "text": "text/results.json",
     "bench": "bench/results.json",
 }
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t

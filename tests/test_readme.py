@@ -183,7 +183,7 @@ ELSEWHERE = {  # commands that are too long for a test of a page, and who runs t
     "python train.py --sweep": "tests/test_toy.py",
     "python -m experiments.toy.figures": "tests/test_readme.py",
     "python -m experiments.bench*": "tests/test_bench.py",
-    "python -m experiments.text": "tests/test_frontier.py",
+    "python -m experiments.text.main": "tests/test_text.py",
     "python -m experiments.readme": "tests/test_readme.py",
     "torchrun *": "tests/test_distributed.py",
 }

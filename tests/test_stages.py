@@ -660,7 +660,7 @@ def test_a_function_gets_the_texts_as_they_were(files, tmp_path):
 
 
 def test_the_oracle_is_a_reward_function():
-    rate = load_reward("experiments.reviews:sentiment", CPU)
+    rate = load_reward("experiments.text.reviews:sentiment", CPU)
     assert rate(["x"], [" y"]).tolist() == [-13.0]  # the grammar cannot produce it
 
 
