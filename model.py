@@ -210,7 +210,7 @@ class GPT(nn.Module):
 
     def hidden(self, idx: Tensor, pos: Tensor, context: Tree | Cache) -> Tensor:
         """Token ids and positions (..., ) -> features (..., C) after the last LayerNorm."""
-        x = self.wte(idx) + self.wpe(pos)
+        x = self.wte(idx) + self.wpe(pos)  # (..., C)
         for layer, block in enumerate(self.h):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, layer, context, use_reentrant=False)
@@ -251,10 +251,8 @@ class GPT(nn.Module):
         never). temperature 0 takes the likeliest token. top_k keeps the k likeliest. Each row and
         step has a uniform draw of its own, so a row's text does not depend on its batch mates:
         `uniform` (rows, max_new_tokens) in [0, 1), by default made from `generator` in one go.
-        Raises ValueError for an empty prompt, a bad temperature or top_k, or a text longer than
-        block_size.
+        Raises ValueError for an empty prompt or a text longer than block_size.
         """
-        self._check_generate(prompts, max_new_tokens, temperature, top_k)
         cache, idx, pos = self.read_prompts(prompts, n, max_new_tokens)
         rows, device = len(idx), idx.device
         if uniform is None:
@@ -263,18 +261,14 @@ class GPT(nn.Module):
         uniform = uniform.T.to(device)
         weight = self.wte.weight  # of the head, in the dtype that is multiplied in: cast once
         weight = weight.to(compute_dtype(weight) if weight.is_cuda else weight.dtype)
-
         out = idx.new_zeros(max_new_tokens, rows)
         alive = torch.arange(rows, device=device)  # where in `out` each row of the cache belongs
         ended = torch.zeros(rows, dtype=torch.bool, device=device)
         for t in range(max_new_tokens):
-            x = self.hidden(idx[:, None], pos[:, None], cache)[:, 0]
+            x = self.hidden(idx[:, None], pos + t, cache)[:, 0]  # (rows, C)
             idx = draw(wide_logits(x.to(weight), weight), uniform[t], temperature, top_k)
             out[t].index_copy_(0, alive, idx)
-            pos = pos + 1
-            if eot is None:
-                continue
-            ended |= idx == eot
+            ended |= idx == (-1 if eot is None else eot)
             if t % 16 == 15 and ended.any():  # they leave now and then: no sync per token
                 keep = (~ended).nonzero()[:, 0]
                 if not len(keep):
@@ -285,35 +279,26 @@ class GPT(nn.Module):
         return [row[: row.index(eot) + 1] if eot in row else row for row in out.T.tolist()]
 
     def read_prompts(self, prompts: list[list[int]], n: int, new: int):
-        """(cache with the prefix of each prompt, n rows each; last token and its position)."""
-        device = self.wte.weight.device
-        prefix_len = torch.tensor([len(p) - 1 for p in prompts], device=device)
-        P = max(len(p) for p in prompts) - 1
-        cache = Cache(self.config, prefix_len, P + new, compute_dtype(self.wte.weight))
-        if P:
-            prefix = torch.tensor([p[:-1] + [0] * (P - len(p) + 1) for p in prompts], device=device)
-            self.hidden(prefix, torch.arange(P, device=device).expand_as(prefix), cache)
-        rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
-        cache.select(rows)
-        return cache, torch.tensor([p[-1] for p in prompts], device=device)[rows], prefix_len[rows]
-
-    def _check_generate(self, prompts, max_new_tokens, temperature, top_k) -> None:
-        if not prompts or not all(prompts):
+        """(cache with the prefix of each prompt, n rows each; last token (rows,); its position
+        (rows, 1))."""
+        longest, device = max(map(len, prompts)), self.wte.weight.device
+        if not all(prompts):
+            raise ValueError("a prompt needs a token; for an empty one use [end of text]")
+        if longest + new > self.config.block_size:
             raise ValueError(
-                "a prompt needs at least one token; for an empty one use [end of text]"
-            )
-        longest = max(len(p) for p in prompts) + max_new_tokens
-        if longest > self.config.block_size:
-            raise ValueError(
-                f"prompt and max_new_tokens need {longest} positions together, "
+                f"prompt and max_new_tokens need {longest + new} positions together, "
                 f"block_size is {self.config.block_size}"
             )
-        if not (temperature >= 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature must be 0 or more, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        prefix_len = torch.tensor([len(p) - 1 for p in prompts], device=device)
+        cache = Cache(self.config, prefix_len, longest - 1 + new, compute_dtype(self.wte.weight))
+        if longest > 1:
+            padded = [p[:-1] + [0] * (longest - len(p)) for p in prompts]
+            prefix = torch.tensor(padded, device=device)  # (B, P)
+            self.hidden(prefix, torch.arange(longest - 1, device=device), cache)
+        rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
+        cache.select(rows)
+        last = torch.tensor([p[-1] for p in prompts], device=device)
+        return cache, last[rows], prefix_len[rows, None]
 
 
 def draw(
@@ -324,6 +309,10 @@ def draw(
     The first token whose cumulative probability exceeds the uniform. torch.multinomial would draw V
     exponentials a row instead: for GPT-2's vocabulary that is slower than the network.
     """
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.to(wide(logits.dtype))
