@@ -25,7 +25,7 @@ import tiktoken
 import torch
 
 import exo
-from infra.rows import InputError, Report, best_of, read_files
+from infra.rows import InputError, Report, best_of, one_sentence, read_files
 
 # ------------------------------------------------------------------------------
 # Tokenizers: tiktoken only
@@ -76,10 +76,11 @@ def load_function(name: str, flag: str):
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise InputError(f"{flag} {name}: {error}") from error
+    with one_sentence(f"{flag} {name}"):  # whatever importing a user's module raises
+        found = getattr(importlib.import_module(module), function)
+    if not callable(found):
+        raise InputError(f"{flag} {name} is no function, but of type {type(found).__name__}")
+    return found
 
 
 # ------------------------------------------------------------------------------

@@ -170,30 +170,30 @@ class Settings:
 
     def contradictions(self):
         """(it is so, what to say then), one for each way in which settings contradict."""
-        s, toy = self, self.stage == "toy"
-        yield not toy and not s.data, f"{s.stage} needs --data FILE"
-        said = "toy reads no files: name a stage first, as in train.py exo --data F"
-        yield toy and (s.data or s.eval_data or s.init), said
+        s, eps = self, self.label_smoothing
+        if s.stage == "toy":
+            said = "toy reads no files: name a stage first, as in train.py exo --data F"
+            yield s.data or s.eval_data or s.init, said
+            return
+        yield not s.data, f"{s.stage} needs --data FILE"
         init, out = os.path.realpath(s.init), os.path.realpath(s.out)
         inside = s.init and out in (init, os.path.dirname(init))
         yield inside, f"--out {s.out} would overwrite --init {s.init}"
-        stays_near = s.preference or s.stage == "ppo"
-        said = f"{s.stage} needs --init, a run made by `python train.py sft` or GPT-2"
-        yield stays_near and not s.init, said
         yield s.online and not s.preference, f"--online is for {' and '.join(exo.LOSSES)}"
         said = f"{s.stage} wants pairs, chosen first: it cannot learn --online"
         yield s.online and s.needs.pairs, said
-        yield s.online and s.K < 2, f"--online compares completions: --K must be 2, got {s.K}"
-        said = (
-            f"{s.stage}{' --online' * s.online} needs --reward, a reward model or module:function"
-        )
+        yield s.online and s.K < 2, f"--K must be at least 2 to compare completions, got {s.K}"
+        name = f"{s.stage} --online" if s.online else s.stage
+        said = f"{name} needs --reward, a reward model or module:function"
         yield s.draws and not s.reward, said
         said = "--reward rates drawn completions: --kl_samples must not be 0"
         yield s.reward and not s.draws and not s.kl_samples, said
-        eps, least = s.label_smoothing, "0 <" if s.needs.smooth_labels else "0 <="
-        said = f"--label_smoothing must be {least} eps < 0.5, got {eps}"
-        said += " (at 0 the reverse KL is infinite)" if s.needs.smooth_labels else ""
-        yield eps >= 0.5 or (eps == 0 and s.needs.smooth_labels), said
+        said = f"{s.stage} needs --init, a run made by `python train.py sft` or GPT-2"
+        yield (s.preference or s.stage == "ppo") and not s.init, said
+        strict = s.needs.smooth_labels
+        why = " (at 0 the reverse KL is infinite)" if strict else ""
+        said = f"--label_smoothing must be {'0 <' if strict else '0 <='} eps < 0.5{why}, got {eps}"
+        yield eps >= 0.5 or (eps == 0 and strict), said
         yield s.epochs and s.max_iters, "give --epochs or --max_iters, not both"
         yield s.fsdp and s.draws, "--fsdp is for stages that draw nothing to learn from"
         yield s.resume and s.overwrite, "give --resume or --overwrite, not both"

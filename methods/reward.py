@@ -11,6 +11,8 @@ a user's function does wrong is said in one sentence.
 import dataclasses
 import inspect
 import math
+from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -174,79 +176,40 @@ def model_reward(ckpt: dict, device, spec: str):
 
 def function_reward(spec: str):
     """A function of the user's, whatever it does wrong said in one sentence."""
-    function = user_function(spec)
+    function = load_function(spec, "--reward")
     try:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # some functions written in C do not say
         names = []
+    at_once = names[1:2] == ["completions"]
 
-    def call(*args, about: str):
+    def call(*args):
         try:
             return function(*args)
         except Exception as error:  # whatever a user's function raises
-            raise InputError(f"--reward {spec}: {describe_error(error)}, for {about}") from error
+            about = f"{len(args[1])} completions" if at_once else f"the completion {short(args[1])}"
+            why = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            raise InputError(f"--reward {spec}: {why}, for {about}") from error
 
-    def one_by_one(prompts: list[str], completions: list[str], ended=None) -> Tensor:
-        rows = zip(prompts, completions, strict=True)
-        values = [call(prompt, y, about=f"the completion {shorten(y)}") for prompt, y in rows]
-        return checked_rewards(spec, values, completions)
-
-    def all_at_once(prompts: list[str], completions: list[str], ended=None) -> Tensor:
+    def reward(prompts: list[str], completions: list[str], ended=None) -> Tensor:
         n = len(completions)
-        values = call(list(prompts), list(completions), about=f"{n} completions")
+        values = call(prompts, completions) if at_once else map(call, prompts, completions)
         values = values.tolist() if hasattr(values, "tolist") else values  # an array or a tensor
-        if isinstance(values, str) or not hasattr(values, "__len__"):
-            raise InputError(
-                f"--reward {spec} must return a number for each completion (its second parameter "
-                f"is called completions), got {shorten(values)}"
-            )
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            must = "must return a number for each completion (its second parameter is completions)"
+            raise InputError(f"--reward {spec} {must}, got {short(values)}")
+        values = [x.item() if hasattr(x, "item") else x for x in values]
         if len(values) != n:
             raise InputError(f"--reward {spec} returned {len(values)} rewards for {n} completions")
-        return checked_rewards(spec, list(values), completions)
+        for x, y in zip(values, completions, strict=True):
+            if not isinstance(x, Real) or not math.isfinite(x):
+                said = f"returned {short(x)}, no finite number, for the completion {short(y)}"
+                raise InputError(f"--reward {spec} {said}")
+        return torch.tensor(values, dtype=torch.float64)
 
-    reward = all_at_once if names[1:2] == ["completions"] else one_by_one
     return lambda *args: in_first(reward, *args)  # it may be slow, and need not repeat itself
 
 
-def user_function(spec: str):
-    try:
-        function = load_function(spec, "--reward")
-    except InputError:
-        raise
-    except Exception as error:  # whatever importing a user's module raises
-        raise InputError(f"--reward {spec}: {describe_error(error)}") from error
-    if not callable(function):
-        raise InputError(f"--reward {spec} is no function, but of type {type(function).__name__}")
-    return function
-
-
-def checked_rewards(spec: str, values: list, completions: list[str]) -> Tensor:
-    """(N,) float64."""
-    rewards = list(map(as_number, values))
-    for value, reward, y in zip(values, rewards, completions, strict=True):
-        if not math.isfinite(reward):
-            raise InputError(
-                f"--reward {spec} returned {shorten(value)}, no finite number, "
-                f"for the completion {shorten(y)}"
-            )
-    return torch.tensor(rewards, dtype=torch.float64)
-
-
-def as_number(value) -> float:
-    """Python's, numpy's and torch's numbers as float; NaN for anything else."""
-    if isinstance(value, str | bytes):
-        return math.nan
-    try:
-        return float(value)
-    except Exception:  # whatever a foreign object says to float()
-        return math.nan
-
-
-def describe_error(error: Exception) -> str:
-    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-
-
-def shorten(value: object, limit: int = 80) -> str:
-    text = repr(value)
-    text = text if len(text) <= limit else text[: limit - 3] + "..."
-    return " ".join(text.split())
+def short(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
