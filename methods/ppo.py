@@ -69,8 +69,9 @@ def ppo_loss(
     value_clip: float = 0.2,
     value_coef: float = 0.5,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's loss (Schulman et al. 2017, arXiv:1707.06347, Eq. 7 and 9 without entropy), a mean over
-    scored tokens, and its figures, detached.
+    """PPO's loss (Schulman et al. 2017, arXiv:1707.06347: Eq. 7, and of Eq. 9 the value term; that
+    the value is clipped, too, is the authors' code's), a mean over scored tokens, and its figures,
+    detached.
 
     logps, values: per token, with gradient; old_*: the same when the texts were drawn. The ratio of
     probabilities, and how far a value moves, stop paying off beyond 1 ± clip and ± value_clip.
