@@ -24,15 +24,20 @@ class InputError(ValueError):
     """A user's mistake, said in one sentence. Commands print it and exit with 2."""
 
 
-@contextlib.contextmanager
-def one_sentence(about: str, errors=Exception):
+class one_sentence:
     """Whatever a damaged or foreign file makes its reader raise becomes an InputError of one line:
-    what it is about, and the reader's reason."""
-    try:
-        yield
-    except errors as error:
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise InputError(f"{about}: {' '.join(why.split())[:400]}") from error
+    what it is about, and the reason. (A class: contextlib's way costs a row 3 microseconds.)"""
+
+    def __init__(self, about: str, errors=Exception):
+        self.about, self.errors = about, errors
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is not None and issubclass(kind, self.errors):
+            why = getattr(error, "strerror", None) or str(error) or kind.__name__
+            raise InputError(f"{self.about}: {' '.join(why.split())[:400]}") from error
 
 
 class Row(NamedTuple):
