@@ -67,7 +67,7 @@ def make_gpt(c: Cell) -> GPT:
 
 
 def ours_train(c: Cell) -> dict:
-    gpt, texts, encoding = make_gpt(c), c.groups(c.laps * c.batch), get_encoding("bytes")
+    gpt, texts, encoding = make_gpt(c), [*c.groups(c.laps * c.batch)], get_encoding("bytes")
     builder = Builder(gpt.config.block_size, encoding.eot_token, Report())
     for group in texts:
         prompt, *completions = ([*text.encode()] for text in group)
@@ -78,13 +78,14 @@ def ours_train(c: Cell) -> dict:
     optimizer = train.adamw(gpt, s, RATE)
     batches = epoch_batches(stage.groups, c.batch, 0, 0)
     flops = [3 * sum(forward_flops(c.size, *map(len, texts[g])) for g in ids) for ids in batches]
-    result = c.measure(lambda i: train.update(s, stage, optimizer, batches[i], RATE)[0])
+    result = c.measure(lambda i: train.update(s, stage, optimizer, batches[i], RATE)[0]["loss"])
     return beside_limits(c, result, flops, 28 * sum(p.numel() for p in gpt.parameters()))
 
 
 def naive_train(c: Cell) -> dict:
     """EXO as one writes it first: a padded row per completion, logits everywhere, two models."""
-    gpt, ref, groups = make_gpt(c), make_gpt(c).requires_grad_(False), c.groups(c.laps * c.batch)
+    gpt, ref = make_gpt(c), make_gpt(c).requires_grad_(False)
+    groups = [*c.groups(c.laps * c.batch)]
     optimizer = torch.optim.AdamW(gpt.parameters(), RATE, (0.9, 0.99), weight_decay=0, fused=True)
     target = preference_target(EPS) if c.K == 2 else reward_target(-torch.arange(0.0, c.K)[None])
 
@@ -122,7 +123,8 @@ def ours_sample(c: Cell) -> dict:
 
 
 def ours_load(c: Cell) -> dict:
-    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, c.pairs(c.batch))))
+    with open("pairs.jsonl", "w") as file:
+        file.writelines(json.dumps(pair) + "\n" for pair in c.pairs(c.batch))
     return c.measure(lambda i: read_groups(["pairs.jsonl"], get_encoding(c.size), 1024))
 
 
@@ -188,7 +190,7 @@ def measure_cell(c: Cell, args) -> dict:
     return row | {"contestants": found}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = train.Parser("experiments.bench", usage=__doc__, allow_abbrev=False)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add = parser.add_argument
@@ -215,8 +217,7 @@ def main(argv: list[str] | None = None) -> int:
             write_json(path, {"rows": rows, "config": vars(args), "torch": torch.__version__})
     except OSError as error:  # no such --peers, no room on the disk
         parser.error(str(error))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

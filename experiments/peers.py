@@ -23,7 +23,7 @@ SIZES = {
 }
 WORDS = "the of and to a in that is was he for it with his actually, understanding state".split()
 NEW_TOKENS = 112  # of a sample
-EPS, BETA, RATE = 1e-3, 0.1, 1e-6  # label smoothing, beta, learning rate (TRL's default)
+EPS, BETA, RATE = 1e-3, 0.1, 1e-6  # label smoothing; beta and learning rate of TRL
 
 
 class Cell(NamedTuple):
@@ -41,14 +41,14 @@ class Cell(NamedTuple):
     laps: int = 10
     seconds: float = 40.0  # no further lap after so many, but for the first three
 
-    def groups(self, n: int) -> list[list[str]]:
-        """n times a prompt and K completions of 16 to 64 bytes, the best one first."""
+    def groups(self, n: int):
+        """Yields n times [prompt, K completions of 16 to 64 bytes, the best one first]."""
         rng = random.Random(1)
         lengths = ([self.prompt] + [rng.randint(16, 64) for _ in range(self.K)] for _ in range(n))
-        return [[" ".join(rng.choices(WORDS, k=m))[:m] for m in group] for group in lengths]
+        return ([" ".join(rng.choices(WORDS, k=m))[:m] for m in group] for group in lengths)
 
-    def pairs(self, n: int) -> list[dict]:  # without the last byte: an end of text comes instead
-        return [{"prompt": x, "chosen": y[:-1], "rejected": z[:-1]} for x, y, z in self.groups(n)]
+    def pairs(self, n: int):  # without the last byte: an end of text comes instead
+        return ({"prompt": x, "chosen": y[:-1], "rejected": z[:-1]} for x, y, z in self.groups(n))
 
     def tick(self, clock: list[float]) -> bool:
         """Note the time, at the start and after each lap. Returns whether there is another lap."""
@@ -105,7 +105,6 @@ def trl_train(c: Cell, stored: bool = False) -> dict:
     config = DPOConfig(
         loss_type="exo_pair",
         label_smoothing=EPS,
-        beta=BETA,
         precompute_ref_log_probs=stored,
         per_device_train_batch_size=c.batch,
         max_steps=c.laps + 1,
@@ -118,7 +117,7 @@ def trl_train(c: Cell, stored: bool = False) -> dict:
         c.hf_model(),
         None if stored else c.hf_model(),
         config,
-        train_dataset=Dataset.from_list(c.pairs((c.laps + 1) * c.batch)),
+        train_dataset=Dataset.from_list([*c.pairs((c.laps + 1) * c.batch)]),
         processing_class=ByT5Tokenizer(),
         callbacks=[Laps()],
     ).train()
