@@ -375,9 +375,9 @@ class Epochs:
             self.batches = epoch_batches(self.groups, self.batch_size, self.seed, epoch)
         return self.batches[place]
 
-    def first(self, n: int) -> np.ndarray:
-        """All groups that the first n batches hold."""
-        return np.unique(np.concatenate([self.batch(i) for i in range(min(n, self.n_batches))]))
+    def first(self, n: int) -> list[np.ndarray]:
+        """The first n batches, or all of the first epoch."""
+        return [self.batch(i) for i in range(min(n, self.n_batches))]
 
 
 def evenly_spaced(n: int, at_most: int) -> np.ndarray:

@@ -52,7 +52,7 @@ import exo
 from data import Batch, Epochs, Groups, collate, get_encoding, read_groups, set_targets
 from infra import parallel
 from infra.checkpoint import FILES, check_free, load_gpt, load_run, open_run, plain, save_run
-from infra.parallel import all_sum, gather, in_first, rank, say, world
+from infra.parallel import all_sum, gather, in_first, rank, say, shares, world
 from infra.rows import InputError, make_folder, one_sentence, replacing
 from model import GPT, GPTConfig, Scorer
 
@@ -410,16 +410,24 @@ class Preference:
             self.ask_reference(policy.module)
 
     def ask_reference(self, scorer: torch.nn.Module) -> None:
-        """Fill ref_logps of all groups that some step, or an evaluation, will read."""
-        for part in filter(None, (self.groups, self.held_out)):
-            ids = np.arange(len(part)) if part is self.held_out else self.epochs.first(self.steps)
-            ids = ids[np.isposinf(part.ref_logps[part.first[ids] + 1])]
-            if len(ids):
-                segment, mask = part.grid(ids)
-                logps = parallel.score(
-                    scorer, part, self.s.at_once, self.policy.device, self.s.dtype, ids, "reference"
-                )
-                part.ref_logps[segment[mask]] = logps.numpy()[segment[mask]]
+        """Fill ref_logps of all groups that some step, or an evaluation, will read: in the batches
+        that read them first, because the last bits of a log-prob depend on what is computed beside
+        it, and log-ratios begin at exactly 0."""
+        s, asked = self.s, [(self.groups, self.epochs.first(self.steps))]
+        if self.held_out:
+            asked.append((self.held_out, [np.arange(len(self.held_out))]))
+        for part, whole in asked:
+            whole = [ids for ids in whole if np.isposinf(part.ref_logps[part.first[ids] + 1]).any()]
+            if not whole:
+                continue
+            batches = None  # an evaluation's
+            if part is self.groups:
+                batches = [m for ids in whole for m in shares(ids, s.micro_batch_size)]
+            logps = parallel.score(
+                scorer, part, s.at_once, self.policy.device, s.dtype, batches, "reference"
+            )
+            segment, mask = part.grid(np.concatenate(whole))
+            part.ref_logps[segment[mask]] = logps.numpy()[segment[mask]]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict]:
         logps = self.policy.module(batch).sum(-1)  # (B, K)
@@ -515,14 +523,10 @@ def update(s: Settings, stage, optimizer, ids: np.ndarray, rate: float) -> tuple
     process whose groups are used up takes part with weight 0.
     """
     policy = stage.policy
-    mine, share = ids[rank() :: world()], math.ceil(len(ids) / world())
-    size = s.micro_batch_size or share
-    micro = [mine[i : i + size] for i in range(0, share, size)]
+    mine = shares(ids, s.micro_batch_size)
     round_to = parallel.rounding(policy.device)
-    micro = [collate(stage.groups, m if len(m) else ids[:1], round_to) for m in micro]
-    weights = [stage.weigh(batch) for batch in micro]
-    if share > len(mine) and (share - 1) % size == 0:
-        weights[-1] = 0
+    micro = [collate(stage.groups, m if len(m) else ids[:1], round_to) for m in mine]
+    weights = [stage.weigh(b) if len(m) else 0 for m, b in zip(mine, micro, strict=True)]
     (whole,) = all_sum(sum(weights))
     sums = {}
     for i, (batch, weight) in enumerate(zip(micro, weights, strict=True)):
@@ -541,7 +545,7 @@ def update(s: Settings, stage, optimizer, ids: np.ndarray, rate: float) -> tuple
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     sums["grad_norm"] = norm / world()  # equal in all processes
-    return sums, np.array([len(mine), sum(batch.n_tokens() for batch in micro)])
+    return sums, np.array([sum(map(len, mine)), sum(batch.n_tokens() for batch in micro)])
 
 
 def move(batch: Batch, policy: Policy) -> Batch:

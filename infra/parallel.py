@@ -8,6 +8,7 @@ waits for it. An error in one process ends all: torchrun stops the others when o
 """
 
 import contextlib
+import math
 import os
 import resource
 import sys
@@ -235,19 +236,25 @@ def load_optimizer(module: torch.nn.Module, optimizer, state: dict) -> None:
 # Many groups, of which each process takes its share
 
 
+def shares(ids: np.ndarray, size: int | None = None) -> list[np.ndarray]:
+    """This process' groups of a batch, every world()-th, in micro-batches of `size` (None: all at
+    once). Each process has as many, so that the last one may be empty."""
+    mine, share = ids[rank() :: world()], math.ceil(len(ids) / world())
+    return [mine[i : i + (size or share)] for i in range(0, share, size or share)]
+
+
 @torch.no_grad()
-def passes(module, groups: Groups, size: int, device, dtype=None, ids=None, note="", call=None):
+def passes(module, groups: Groups, size: int, device, dtype=None, batches=None, note="", call=None):
     """Yields (batch on the CPU, what `call`, by default the module, makes of it) over this process'
-    share of these groups, all by default, `size` groups of similar size at once. dtype: as
-    --dtype says. `note` names a progress bar."""
-    ids = np.arange(len(groups)) if ids is None else ids
-    ids = ids[np.argsort(groups.sizes()[ids], kind="stable")]
-    starts = range(0, len(ids), size * world())
+    share of all groups, `size` groups of similar size at once. batches: lists of groups, as
+    `shares` gives them, to read these instead. dtype: as --dtype says. `note` names a progress
+    bar."""
+    if batches is None:
+        batches = by_size(groups, np.arange(len(groups)), size)
     weights = next(module.parameters()).dtype
-    for start in tqdm(starts, note, disable=not note or rank() > 0, leave=False):
-        mine = ids[start + rank() * size :][:size]
+    for mine in tqdm(batches, note, disable=not note or rank() > 0, leave=False):
         spare = len(mine) == 0  # a sharded module needs all processes in each of its calls
-        batch = collate(groups, ids[:1] if spare else mine, rounding(device))
+        batch = collate(groups, np.zeros(1, int) if spare else mine, rounding(device))
         with autocast(dtype, device):
             result = (call or module)(batch.to(device, weights))
         if not spare:
@@ -257,11 +264,18 @@ def passes(module, groups: Groups, size: int, device, dtype=None, ids=None, note
             part.reshard()
 
 
-def score(module, groups: Groups, size: int, device, dtype=None, ids=None, note="") -> Tensor:
+def by_size(groups: Groups, ids: np.ndarray, size: int) -> list[np.ndarray]:
+    """This process' share of these groups, in batches of `size` of similar size."""
+    ids = ids[np.argsort(groups.sizes()[ids], kind="stable")]
+    whole = size * world()
+    return [b for start in range(0, len(ids), whole) for b in shares(ids[start : start + whole])]
+
+
+def score(module, groups: Groups, size: int, device, dtype=None, batches=None, note="") -> Tensor:
     """log pi (of a reward model: the reward) of the completions of these groups (all by default):
     (M,) float64 on the CPU, 0 elsewhere. Processes share the work, and each has all results."""
     out = torch.zeros(len(groups.ended), dtype=torch.float64)
-    for batch, result in passes(module, groups, size, device, dtype, ids, note):
+    for batch, result in passes(module, groups, size, device, dtype, batches, note):
         logps = result[0] if isinstance(result, tuple) else result  # not PPO's values
         logps = logps.sum(-1) if logps.dim() == 3 else logps  # (B, K)
         out[batch.segment[batch.mask]] = logps.cpu()[batch.mask].double()

@@ -31,7 +31,16 @@ from data import (
     set_targets,
 )
 from infra.checkpoint import checkpoint_gpt, load_checkpoint
-from infra.parallel import in_first, load_weights, merge, passes, say, score, whole_weights
+from infra.parallel import (
+    by_size,
+    in_first,
+    load_weights,
+    merge,
+    passes,
+    say,
+    score,
+    whole_weights,
+)
 from infra.rows import InputError
 from model import GPT, ScalarHead, scored_hidden, to_grid
 
@@ -116,7 +125,8 @@ class RewardStage:
         some = evenly_spaced(len(self.groups), 64)
         segment, mask = self.groups.grid(some)
         policy, head = self.policy, self.policy.scorer.head
-        rewards = score(policy.module, self.groups, self.s.at_once, policy.device, ids=some)
+        size, batches = self.s.at_once, by_size(self.groups, some, self.s.at_once)
+        rewards = score(policy.module, self.groups, size, policy.device, batches=batches)
         rewards = rewards[segment[mask]]
         state = whole_weights(head)
         load_weights(head, state | {"bias": state["bias"] - rewards.mean().item()})
