@@ -1,5 +1,6 @@
 """
-The tables of the pages, and the numbers in their sentences, from the result files in assets/.
+The tables of the pages, and the numbers in their sentences, from the result files in assets/ (the
+table of bugs: from the docstrings of its tests).
 
     python -m experiments.readme        writes them into the pages
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from experiments.common import mean_se, only
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "QUESTIONS.md", "experiments/README.md")
+PAGES = ("README.md", "QUESTIONS.md", "CONTRIBUTING.md", "experiments/README.md")
 FILES = {
     "toy": "toy/results.json",
     "sweep": "toy/sweep.json",
@@ -264,6 +265,19 @@ def scaling(axis: str) -> str:
     return markdown(axis, {title: cells for title, cells in lines.items() if cells})
 
 
+def bugs() -> str:
+    """The docstrings of tests/test_classic_bugs.py: bug, where it was met, what must hold."""
+    source = (ROOT / "tests/test_classic_bugs.py").read_text(encoding="utf-8")
+    parts = re.compile(r"(.+?) Met in: (.+?)\. Must hold: (.+)")
+    thread = re.compile(r"([\w.-]+)/([\w.-]+)#(\d+)")
+    rows = ["| bug | met in | what must hold | test |", "| --- | --- | --- | --- |"]
+    for name, text in re.findall(r'^def (test_\w+).*\n    """((?:.|\n)+?)"""', source, re.M):
+        bug, met, holds = parts.fullmatch(" ".join(text.split())).groups()
+        met = thread.sub(r"[\1/\2 #\3](https://github.com/\1/\2/issues/\3)", met)
+        rows.append(f"| {bug} | {met} | {holds} | `{name}` |")
+    return "\n".join(rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "exact": lambda: pivot("", long(TOY["rows"], *TITLES), METHOD, "{title}", shown),
     "paired": paired,
@@ -281,6 +295,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling K": lambda: scaling("K"),
     "scaling longest": lambda: scaling("longest"),
     "scaling vocab_size": lambda: scaling("vocab_size"),
+    "bugs": bugs,
 }
 
 

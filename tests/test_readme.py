@@ -23,7 +23,6 @@ from model import GPT, GPTConfig
 
 ROOT = readme.ROOT
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in readme.PAGES}
-PAGES["CONTRIBUTING.md"] = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 README = PAGES["README.md"]
 every_page = pytest.mark.parametrize("page", PAGES)
 
@@ -48,6 +47,14 @@ def test_no_number_with_an_error_stands_without_its_source(page):
 def test_the_first_page_is_short():
     assert README.count("\n") <= 250
     assert len(README.split()) <= 2000
+
+
+def test_every_classic_bug_is_written_beside_its_test():
+    """A check that was never seen to fail says nothing."""
+    source = (ROOT / "tests/test_classic_bugs.py").read_text(encoding="utf-8")
+    tests = re.split(r"^def test_", source, flags=re.M)[1:]
+    assert len(tests) >= 17
+    assert all(re.search(r"holds_only_without\(\s*check", test) for test in tests)
 
 
 def slug(heading: str) -> str:
