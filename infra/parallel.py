@@ -272,8 +272,9 @@ def by_size(groups: Groups, ids: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def score(module, groups: Groups, size: int, device, dtype=None, batches=None, note="") -> Tensor:
-    """log pi (of a reward model: the reward) of the completions of these groups (all by default):
-    (M,) float64 on the CPU, 0 elsewhere. Processes share the work, and each has all results."""
+    """log pi (of a reward model: the reward) of the completions of all groups, or of those in the
+    batches: (M,) float64 on the CPU, 0 elsewhere. Processes share the work, and each has all
+    results."""
     out = torch.zeros(len(groups.ended), dtype=torch.float64)
     for batch, result in passes(module, groups, size, device, dtype, batches, note):
         logps = result[0] if isinstance(result, tuple) else result  # not PPO's values
