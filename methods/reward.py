@@ -124,9 +124,9 @@ class RewardStage:
         """Set the bias; it has no part in the loss."""
         some = evenly_spaced(len(self.groups), 64)
         segment, mask = self.groups.grid(some)
-        policy, head = self.policy, self.policy.scorer.head
-        size, batches = self.s.at_once, by_size(self.groups, some, self.s.at_once)
-        rewards = score(policy.module, self.groups, size, policy.device, batches=batches)
+        s, policy, head = self.s, self.policy, self.policy.scorer.head
+        batches = by_size(self.groups, some, s.at_once)
+        rewards = score(policy.module, self.groups, s.at_once, policy.device, s.dtype, batches)
         rewards = rewards[segment[mask]]
         state = whole_weights(head)
         load_weights(head, state | {"bias": state["bias"] - rewards.mean().item()})
