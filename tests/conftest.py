@@ -29,6 +29,31 @@ SHORT = "--eval_interval 3 --log_interval 1 --learning_rate 1e-3 --kl_samples 4"
 SHORT += ["--max_new_tokens", "8"]
 
 
+class World:
+    """train.py over these files, with runs in a folder of the test's own."""
+
+    def __init__(self, files: dict[str, str], folder: Path):
+        self.files, self.folder = files, folder
+        self.pairs, self.rewards, self.sft = files["pairs"], files["rewards"], files["sft"]
+
+    def argv(self, stage: str, *more, out="run") -> list[str]:
+        """A command line of one of STAGES, or a fork's; what `more` says wins."""
+        argv = [*stage.split(), "--data", self.pairs, "--eval_data", self.pairs]
+        argv += ["--init", self.sft, "--out", str(self.folder / out), *SHORT]
+        argv += [] if "--epochs" in more else ["--max_iters", "6"]
+        argv += ["--reward", LETTERS, "--K", "3"] if stage in ROUNDS else []
+        return [*argv, *map(str, more)]
+
+    def run(self, stage: str, *more, out="run") -> Path:
+        assert train.main(self.argv(stage, *more, out=out)) == 0
+        return self.folder / out
+
+    def task(self, stage: str, *more):
+        """(settings, the stage) before the first step."""
+        s = train.parse(self.argv(stage, *more))
+        return s, train.make_stage(s, CPU)
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory) -> dict[str, str]:
     """40 pairs whose chosen says yes and is the shorter, 20 rows with rewards, and an sft run."""
@@ -46,53 +71,41 @@ def files(tmp_path_factory) -> dict[str, str]:
         completions = [f" {words(2)} {i}" for i in range(rng.randint(2, 4))]
         scores = [float(y.count("a")) for y in completions]
         rewards.append({"prompt": words(3), "completions": completions, "rewards": scores})
-    files = {
-        "pairs": write_rows(folder / "pairs.jsonl", pairs),
-        "rewards": write_rows(folder / "rewards.jsonl", rewards),
-        "sft": str(folder / "sft"),
-    }
-    argv = ["sft", "--data", files["pairs"], "--eval_data", files["pairs"], "--out", files["sft"]]
-    more = "--max_iters 60 --eval_interval 30 --learning_rate 1e-2".split()
-    assert train.main([*argv, *TINY, *more]) == 0
-    return files
+    pairs = write_rows(folder / "pairs.jsonl", pairs)
+    rewards = write_rows(folder / "rewards.jsonl", rewards)
+    argv = ["sft", "--data", pairs, "--eval_data", pairs, "--out", str(folder / "sft"), *TINY]
+    argv += "--max_iters 60 --eval_interval 30 --learning_rate 1e-2".split()
+    assert train.main(argv) == 0
+    return {"pairs": pairs, "rewards": rewards, "sft": str(folder / "sft")}
+
+
+@pytest.fixture
+def world(files, tmp_path) -> World:
+    return World(files, tmp_path)
 
 
 @pytest.fixture(scope="session")
 def reward_model(files, tmp_path_factory) -> str:
     more = "--max_iters 40 --eval_interval 40 --learning_rate 3e-3".split()
-    return str(run("reward", files, tmp_path_factory.mktemp("rm") / "rm", *more))
+    return str(World(files, tmp_path_factory.mktemp("reward")).run("reward", *more))
 
 
-def command(stage: str, files: dict, out: Path, *more) -> list[str]:
-    """A command line of train.py, for one of STAGES or a fork's; what `more` says wins."""
-    argv = [*stage.split(), "--data", files["pairs"], "--eval_data", files["pairs"]]
-    argv += ["--init", files["sft"], "--out", str(out), *SHORT]
-    argv += [] if "--epochs" in more else ["--max_iters", "6"]
-    argv += ["--reward", LETTERS, "--K", "3"] if stage in ROUNDS else []
-    return [*argv, *map(str, more)]
+@pytest.fixture
+def refusal(capsys):
+    """refusal(main, *argv): the lines that it says of a mistake, whose exit status is 2."""
 
+    def lines(main, *argv) -> list[str]:
+        capsys.readouterr()
+        try:
+            status = main(list(argv))
+        except SystemExit as stop:
+            status = stop.code
+        assert status == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert not any("Traceback" in line for line in said)
+        return said
 
-def run(stage: str, files: dict, out: Path, *more) -> Path:
-    assert train.main(command(stage, files, out, *more)) == 0
-    return out
-
-
-def task_of(stage: str, files: dict, *more):
-    """(settings, the stage) of a command line, before the first step."""
-    s = train.parse(command(stage, files, Path("nowhere"), *more))
-    return s, train.make_stage(s, CPU)
-
-
-def refusal(main, argv: list[str], capsys) -> list[str]:
-    """The lines that main says of a mistake, whose exit status is 2."""
-    try:
-        status = main(argv)
-    except SystemExit as stop:
-        status = stop.code
-    assert status == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert not any("Traceback" in line for line in said)
-    return said
+    return lines
 
 
 def write_rows(path: Path, rows: list) -> str:

@@ -1,4 +1,4 @@
-"""Rewards as a user would write them: --reward tests.rewards:letters. Tests put others beside it."""
+"""Rewards as a user would write them: --reward tests.rewards:letters. Tests put others there."""
 
 
 def letters(prompt, completion):

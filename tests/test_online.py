@@ -4,18 +4,7 @@ by hand. Rounds are PPO's, too; its arithmetic is in test_ppo.py."""
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    LETTERS,
-    ONLINE,
-    ROUNDS,
-    command,
-    records,
-    refusal,
-    run,
-    slow_logps,
-    task_of,
-    write_rows,
-)
+from conftest import LETTERS, ONLINE, ROUNDS, records, slow_logps, write_rows
 
 import data
 import exo
@@ -37,13 +26,13 @@ def some_draws(prompts: list[list[int]], *completions: str) -> data.Groups:
 # Draws and rewards
 
 
-def test_draws_do_not_depend_on_batch_mates(files):
+def test_draws_do_not_depend_on_batch_mates(world):
     """Groups of a round are equal whether few or many prompts are computed together, and equal
     draws are kept: they are draws."""
     rounds = []
     for micro in (1, 8):
         more = ["--K", 8, "--micro_batch_size", micro, "--max_new_tokens", 2]
-        _, task = task_of(ONLINE[0], files, *more)
+        _, task = world.task(ONLINE[0], *more)
         task.ids(0)
         rounds.append(task.groups)
         assert np.array_equal(np.diff(task.groups.first), [9] * 8)
@@ -54,11 +43,11 @@ def test_draws_do_not_depend_on_batch_mates(files):
     assert not np.array_equal(task.groups.tokens, rounds[0].tokens)
 
 
-def test_a_function_gets_the_texts_as_they_were(files, tmp_path, monkeypatch):
+def test_a_function_gets_the_texts_as_they_were(world, tmp_path, monkeypatch):
     """No end-of-text, no prompt joined in, and an empty prompt is empty."""
     file = write_rows(tmp_path / "p.jsonl", [{"prompt": "a cat"}, {"prompt": ""}])
     monkeypatch.setattr(tests.rewards, "letters", lambda x, y: x in ("a cat", "") and y == "!")
-    _, task = task_of(ONLINE[0], files, "--data", file)
+    _, task = world.task(ONLINE[0], "--data", file)
     groups = some_draws([task.prompts.prompt(g) for g in range(2)], "!", "")
     online.rate(task.policy, groups, task.reward)
     assert np.isnan(groups.rewards[[0, 3]]).all()
@@ -66,9 +55,9 @@ def test_a_function_gets_the_texts_as_they_were(files, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", exo.LOSSES)
-def test_offline_stages_report_the_reward_of_what_they_draw(stage, files, tmp_path):
+def test_offline_stages_report_the_reward_of_what_they_draw(stage, world):
     more = ["--reward", LETTERS, "--kl_samples", 64, "--max_iters", 1]
-    record = records(run(stage, files, tmp_path / "run", *more), "eval")[0]
+    record = records(world.run(stage, *more), "eval")[0]
     assert record["reward"] > 0
     assert record["reward_stderr"] > 0
     assert record["kl"] == 0
@@ -78,7 +67,7 @@ def test_offline_stages_report_the_reward_of_what_they_draw(stage, files, tmp_pa
 # Rounds
 
 
-def test_every_prompt_is_drawn_once_an_epoch_and_every_draw_read_once_a_pass(files, monkeypatch):
+def test_every_prompt_is_drawn_once_an_epoch_and_every_draw_read_once_a_pass(world, monkeypatch):
     """40 prompts, batches of 6, rounds of 4: 7 batches, so a round of 4 and one of 3."""
     asked = []
 
@@ -87,7 +76,7 @@ def test_every_prompt_is_drawn_once_an_epoch_and_every_draw_read_once_a_pass(fil
         return some_draws(prompts, *"a" * n)
 
     monkeypatch.setattr(online, "draw", draw)
-    _, task = task_of("ppo", files, "--batch_size", 6, "--ppo_epochs", 2, "--epochs", 1)
+    _, task = world.task("ppo", "--batch_size", 6, "--ppo_epochs", 2, "--epochs", 1)
     assert task.steps == 14
     read = [task.ids(step) for step in range(14)]
     first, second = asked  # the short batch may be in either
@@ -99,11 +88,11 @@ def test_every_prompt_is_drawn_once_an_epoch_and_every_draw_read_once_a_pass(fil
 
 
 @pytest.mark.parametrize("stage", ROUNDS)
-def test_the_reward_rises(stage, files, tmp_path):
+def test_the_reward_rises(stage, world):
     """And the loss of an evaluation is -J, with the beta that the settings amount to."""
     more = "--max_iters 60 --eval_interval 30 --learning_rate 3e-3 --K 8 --kl_samples 64".split()
     beta = ["--kl_coef", "0.1"] if stage == "ppo" else ["--beta_pi", "0.2", "--beta_r", "0.5"]
-    out = run(stage, files, tmp_path / "run", *more, *beta)
+    out = world.run(stage, *more, *beta)
     first, *_, last = records(out, "eval")
     assert first["kl"] == 0
     assert last["reward"] > first["reward"] + 3 * first["reward_stderr"]
@@ -121,7 +110,7 @@ def test_the_reward_rises(stage, files, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ROUNDS)
-def test_a_function_that_breaks_later_loses_nothing(stage, files, tmp_path, monkeypatch, capsys):
+def test_a_function_that_breaks_later_loses_nothing(stage, world, monkeypatch, refusal):
     """The run is saved where it stands, and goes on when the function is mended."""
     calls = []
 
@@ -131,23 +120,23 @@ def test_a_function_that_breaks_later_loses_nothing(stage, files, tmp_path, monk
 
     monkeypatch.setattr(tests.rewards, "letters", later)
     more = "--round_iters 1 --ppo_epochs 2 --eval_interval 100 --max_iters 8".split()
-    argv = command(stage, files, tmp_path / "run", *more)
-    last = refusal(train.main, argv, capsys)[-1]
+    argv, out = world.argv(stage, *more), world.folder / "run"
+    last = refusal(train.main, *argv)[-1]
     step = 4 if stage == "ppo" else 2  # one evaluation, two rounds, and the third breaks
     assert last.startswith(f"train.py: --reward {LETTERS} must return a number for each completion")
     assert last.endswith(f"stopped at step {step}, the same command with --resume goes on")
-    assert load_checkpoint(tmp_path / "run")["step"] == step
+    assert load_checkpoint(out)["step"] == step
     assert train.main([*argv, "--resume"]) == 0
-    assert load_checkpoint(tmp_path / "run")["step"] == 8
-    assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(1, 9))
+    assert load_checkpoint(out)["step"] == 8
+    assert [r["step"] for r in records(out, "train")] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("name", ["exo", "dpo"])
-def test_online_exo_sees_its_draws_through_the_snapshot(name, files):
+def test_online_exo_sees_its_draws_through_the_snapshot(name, world):
     """The loss of a second step on one round, from log-probs of the plain forward, one sequence at
     a time: q and p as exo.py's header writes them. DPO's round keeps sft as its reference."""
     more = ["--round_iters", 2, "--batch_size", 3, "--beta_pi", "0.4", "--beta_r", "0.7"]
-    _, task = task_of(f"{name} --online", files, *more)
+    _, task = world.task(f"{name} --online", *more)
     policy, snapshot = task.policy.gpt, GPT(task.policy.gpt.config)
     with torch.no_grad():
         policy.wte.weight.mul_(1.3)  # the snapshot is no longer sft

@@ -4,7 +4,7 @@ runs are tested with the other stages, in test_train.py and test_online.py."""
 import numpy as np
 import pytest
 import torch
-from conftest import slow_hidden, slow_logps, some_groups, task_of, tiny_gpt
+from conftest import slow_hidden, slow_logps, some_groups, tiny_gpt
 
 import data
 from methods.ppo import ActorCritic, gae, ppo_loss, whiten
@@ -98,6 +98,7 @@ def test_whitened_advantages_have_mean_0_and_variance_1_over_scored_tokens():
 
 
 def test_actor_critic_gives_log_probs_and_values_of_the_text_before_each_token():
+    """From two networks that share no weights."""
     groups, gpt = some_groups(), tiny_gpt()
     module = ActorCritic(gpt, 0.7)
     torch.nn.init.normal_(module.value.double().weight, generator=torch.Generator().manual_seed(1))
@@ -112,27 +113,21 @@ def test_actor_critic_gives_log_probs_and_values_of_the_text_before_each_token()
             x = slow_hidden(gpt, prompt + y)[len(prompt) - 1 :][:n]  # before each of n tokens
             torch.testing.assert_close(values[g, k, :n], x @ module.value.weight)
             assert not values[g, k, n:].any()
-
-
-def test_the_value_network_and_the_policy_share_no_weights():
-    module = ActorCritic(tiny_gpt())
-    batch = data.collate(some_groups(), np.arange(2))
-    torch.nn.init.ones_(module.value.double().weight)
-    module(batch)[1].sum().backward()
+    values.sum().backward()
     assert all(p.grad is None for p in module.policy.parameters())
     module.zero_grad()
-    module(batch)[0].sum().backward()
-    assert all(p.grad is None or not p.grad.any() for p in module.critic.parameters())
+    logps.sum().backward()
+    assert all(p.grad is None for p in module.critic.parameters())
 
 
 # ------------------------------------------------------------------------------
 # What is kept of a round
 
 
-def test_ppo_pays_for_kl_token_by_token_and_rewards_the_last(files):
+def test_ppo_pays_for_kl_token_by_token_and_rewards_the_last(world):
     """While all values are 0, the return at a token is the sum of what follows, each 0.95 times as
     much as the one before: -kl_coef log(pi / sft) of every token, and r at the last."""
-    _, task = task_of("ppo", files, "--kl_coef", "0.3", "--K", 2)
+    _, task = world.task("ppo", "--kl_coef", "0.3", "--K", 2)
     with torch.no_grad():
         task.policy.gpt.wte.weight.mul_(1.3)
     task.ids(0)

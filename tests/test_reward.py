@@ -1,5 +1,4 @@
-"""Reward models against slow loops, the stage that trains them, and what a user's function may be.
-"""
+"""Reward models against slow loops, the stage that trains them, and what a user's may be."""
 
 import math
 
@@ -10,14 +9,10 @@ from conftest import (
     CPU,
     LETTERS,
     TINY,
-    command,
     read_rows,
     records,
-    refusal,
-    run,
     slow_hidden,
     some_groups,
-    task_of,
     tiny_gpt,
     write_rows,
 )
@@ -80,7 +75,7 @@ def test_texts_for_a_reward_model_fit_its_block(tmp_path):
     assert task.policy.module(data.collate(task.groups, np.arange(1))).shape == (1, 2)
 
 
-def test_the_stage_learns_a_trivial_preference(files, reward_model):
+def test_the_stage_learns_a_trivial_preference(world, reward_model):
     first, *_, last = records(reward_model, "eval")
     assert first["loss"] == pytest.approx(np.log(2))
     assert first["accuracy"] == 0.5
@@ -88,7 +83,7 @@ def test_the_stage_learns_a_trivial_preference(files, reward_model):
     assert abs(last["reward"]) < 1e-5  # the zero is set
     names = {"step", "kind", "loss", "accuracy", "reward"}
     assert last.keys() == names < records(reward_model, "train")[0].keys()
-    rows = read_rows(files["pairs"])
+    rows = read_rows(world.pairs)
     for name in (reward_model, f"{reward_model}/best.pt"):
         rate = load_reward(name, CPU)
         rewards = {k: rate([r["prompt"] for r in rows], [r[k] for r in rows]) for k in rows[0]}
@@ -98,26 +93,26 @@ def test_the_stage_learns_a_trivial_preference(files, reward_model):
         assert abs(mean.item()) < 1e-5
 
 
-def test_a_loaded_reward_model_rates_as_the_stage_did(files, reward_model):
+def test_a_loaded_reward_model_rates_as_the_stage_did(world, reward_model):
     """Text by text, and aware of whether the text ended."""
     rate = load_reward(reward_model, CPU)
-    s, task = task_of("reward", files, "--init", reward_model)
+    s, task = world.task("reward", "--init", reward_model)
     task.policy.scorer.head.load_state_dict(load_checkpoint(reward_model)["head"])
     scores = score(task.policy.module, task.groups, s.at_once, CPU)
-    rows = read_rows(files["pairs"])
+    rows = read_rows(world.pairs)
     chosen = rate([r["prompt"] for r in rows], [r["chosen"] for r in rows])
     torch.testing.assert_close(scores[task.groups.first[:-1] + 1], chosen, rtol=1e-5, atol=1e-5)
     whole, cut = (rate(["a"], [" cat"], [ended]).item() for ended in (True, False))
     assert whole != cut
 
 
-def test_rewards_of_k_completions_train_a_reward_model_too(files, tmp_path):
+def test_rewards_of_k_completions_train_a_reward_model_too(world, tmp_path):
     """Only their order counts; where there is none, half is right."""
     rows = [{"prompt": "a", "completions": ["b", "cc", "d"], "rewards": [1, 2, 2]}] * 8
     rows += [{"prompt": "a", "completions": ["b", "cc"], "rewards": [1, 1]}]
     file = write_rows(tmp_path / "rewards.jsonl", rows)
     more = ["--data", file, "--eval_data", file, "--max_iters", 20, "--learning_rate", 3e-3]
-    out = run("reward", files, tmp_path / "rm", *more)
+    out = world.run("reward", *more)
     assert records(out, "eval")[-1]["accuracy"] == pytest.approx((8 * 1 + 1 * 0.5) / 9)
 
 
@@ -167,11 +162,9 @@ def test_a_broken_function_is_named_in_one_sentence(function, said, monkeypatch)
     assert said in str(error.value)
 
 
-def test_a_function_that_breaks_at_once_leaves_no_checkpoint(files, tmp_path, monkeypatch, capsys):
+def test_a_function_that_breaks_at_once_leaves_no_checkpoint(world, monkeypatch, refusal):
     monkeypatch.setattr(tests.rewards, "letters", raises)
-    *bars, message = refusal(train.main, command("ppo", files, tmp_path / "run"), capsys)
+    *bars, message = refusal(train.main, *world.argv("ppo"))
     assert all("it/s" in bar for bar in bars)
     assert message.startswith(f"train.py: --reward {LETTERS}: RuntimeError: no such, for the compl")
-    assert not (tmp_path / "run" / "ckpt.pt").exists()
-    argv = command("ppo", files, tmp_path / "run", "--reward", "tests.rewards:absent")
-    assert "has no attribute 'absent'" in refusal(train.main, argv, capsys)[-1]
+    assert not (world.folder / "run" / "ckpt.pt").exists()

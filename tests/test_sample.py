@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LETTERS, TINY, read_rows, records, refusal, run, slow_logps, write_rows
+from conftest import LETTERS, TINY, read_rows, records, slow_logps, write_rows
 
 import data
 import exo
@@ -16,14 +16,15 @@ import sample
 import train
 from infra.checkpoint import load_gpt
 
-def sample_argv(files: dict, out: Path, *more) -> list[str]:
+
+def sample_argv(world, out: Path, *more) -> list[str]:
     """Two completions of each prompt, unless `more` says otherwise."""
-    argv = [files["sft"], "--prompts", files["pairs"], "-n", "2", "--max_new_tokens", "6"]
+    argv = [world.sft, "--prompts", world.pairs, "-n", "2", "--max_new_tokens", "6"]
     return [*argv, *map(str, more), "--out", str(out)]
 
 
-def drawn(files: dict, out: Path, *more) -> list[dict]:
-    assert sample.main(sample_argv(files, out, *more)) == 0
+def drawn(world, out: Path, *more) -> list[dict]:
+    assert sample.main(sample_argv(world, out, *more)) == 0
     return read_rows(out)
 
 
@@ -37,23 +38,23 @@ def scored(model, rows: str, out: Path, *more) -> list[dict]:
 
 
 @pytest.mark.parametrize("more", [[], ["--max_new_tokens", "5"]])
-def test_a_prompt_at_a_small_block_size(more, files, capsys):
+def test_a_prompt_at_a_small_block_size(more, world, capsys):
     """Without --max_new_tokens, too: half of block_size is left for what is drawn."""
-    assert sample.main([files["sft"], "--prompt", "the cat", *more]) == 0
+    assert sample.main([world.sft, "--prompt", "the cat", *more]) == 0
     assert capsys.readouterr().out.startswith("the cat")
 
 
-def test_samples_do_not_depend_on_batch_size(files, tmp_path):
-    one, seven = (drawn(files, tmp_path / f"{n}.jsonl", "--batch_size", n) for n in (1, 7))
+def test_samples_do_not_depend_on_batch_size(world, tmp_path):
+    one, seven = (drawn(world, tmp_path / f"{n}.jsonl", "--batch_size", n) for n in (1, 7))
     assert one == seven
-    assert [row["prompt"] for row in one] == [row["prompt"] for row in read_rows(files["pairs"])]
+    assert [row["prompt"] for row in one] == [row["prompt"] for row in read_rows(world.pairs)]
     assert all(len(row["completions"]) == 2 for row in one)
 
 
-def test_best_of_keeps_the_best(files, tmp_path):
+def test_best_of_keeps_the_best(world, tmp_path):
     """The best 2 of 4 + 4 are those of the 8 drawn without it."""
-    every = drawn(files, tmp_path / "all.jsonl", "--reward", LETTERS, "-n", 8)
-    best = drawn(files, tmp_path / "best.jsonl", "--reward", LETTERS, "--best_of", 4)
+    every = drawn(world, tmp_path / "all.jsonl", "--reward", LETTERS, "-n", 8)
+    best = drawn(world, tmp_path / "best.jsonl", "--reward", LETTERS, "--best_of", 4)
     for row, top in zip(every, best, strict=True):
         r = row["rewards"]
         assert top["rewards"] == [max(r[:4]), max(r[4:])]
@@ -61,24 +62,24 @@ def test_best_of_keeps_the_best(files, tmp_path):
         assert top["completions"] == [row["completions"][i] for i in places]
 
 
-def test_what_is_written_is_training_data(files, tmp_path):
+def test_what_is_written_is_training_data(world, tmp_path):
     """Sample, score, train is three commands; the best of n is sft data."""
     samples, best = tmp_path / "samples.jsonl", tmp_path / "best.jsonl"
-    drawn(files, samples, "-n", 3)
-    rows = scored(files["sft"], str(samples), tmp_path / "scored.jsonl", "--reward", LETTERS)
+    drawn(world, samples, "-n", 3)
+    rows = scored(world.sft, str(samples), tmp_path / "scored.jsonl", "--reward", LETTERS)
     for row in rows:
         assert row["rewards"] == [y.count("a") for y in row["completions"]]
         assert len(row["logps"]) == 3
-    run("exo", files, tmp_path / "exo", "--data", tmp_path / "scored.jsonl", "--max_iters", 1)
-    drawn(files, best, "-n", 1, "--best_of", 2, "--reward", LETTERS)
-    run("sft", files, tmp_path / "best", "--data", best, "--max_iters", 1)
+    world.run("exo", "--data", tmp_path / "scored.jsonl", "--max_iters", 1, out="exo")
+    drawn(world, best, "-n", 1, "--best_of", 2, "--reward", LETTERS)
+    world.run("sft", "--data", best, "--max_iters", 1, out="best")
 
 
-def test_a_users_module_is_found_in_the_working_directory(files, tmp_path, monkeypatch):
+def test_a_users_module_is_found_in_the_working_directory(world, tmp_path, monkeypatch):
     (tmp_path / "rewards_beside_me.py").write_text("def f(prompt, completion):\n    return 1.0\n")
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
-    rows = drawn(files, tmp_path / "rows.jsonl", "--reward", "rewards_beside_me:f")
+    rows = drawn(world, tmp_path / "rows.jsonl", "--reward", "rewards_beside_me:f")
     assert all(row["rewards"] == [1.0, 1.0] for row in rows)
 
 
@@ -87,13 +88,13 @@ def test_a_users_module_is_found_in_the_working_directory(files, tmp_path, monke
 
 
 @pytest.mark.parametrize("kind", ["pairs", "rewards"])
-def test_scores_are_the_log_probs_of_a_plain_forward_pass(kind, files, tmp_path):
+def test_scores_are_the_log_probs_of_a_plain_forward_pass(kind, world, tmp_path):
     """End of text included, prompts not; pairs stay pairs, rewards stay if none are asked for."""
     argv = ["--batch_size", "5", "--temperature", "0.7"]
-    rows = scored(files["sft"], files[kind], tmp_path / "scored.jsonl", *argv)
-    gpt, _ = load_gpt(files["sft"])
-    groups, _ = data.read_groups([files[kind]], data.byte_encoding(), 64)
-    for g, (row, given) in enumerate(zip(rows, read_rows(files[kind]), strict=True)):
+    rows = scored(world.sft, getattr(world, kind), tmp_path / "scored.jsonl", *argv)
+    gpt, _ = load_gpt(world.sft)
+    groups, _ = data.read_groups([getattr(world, kind)], data.byte_encoding(), 64)
+    for g, (row, given) in enumerate(zip(rows, read_rows(getattr(world, kind)), strict=True)):
         with torch.no_grad():
             n = len(groups.completions(g))
             slow = [slow_logps(gpt, groups, g, k, 0.7).sum().item() for k in range(n)]
@@ -101,12 +102,12 @@ def test_scores_are_the_log_probs_of_a_plain_forward_pass(kind, files, tmp_path)
         assert row == given
 
 
-def test_pairs_and_rewards_train_together_and_each_row_shows_its_target(files, tmp_path):
+def test_pairs_and_rewards_train_together_and_each_row_shows_its_target(world, tmp_path):
     """K differs by row and by kind; both kinds of target stand in one batch."""
-    both = ["--data", files["pairs"], files["rewards"], "--eval_data", files["rewards"]]
-    out = run("exo", files, tmp_path / "run", *both)
-    given, ref = read_rows(files["rewards"]), ("--ref", files["sft"])
-    rows = scored(out, files["rewards"], tmp_path / "scored.jsonl", *ref)
+    both = ["--data", world.pairs, world.rewards, "--eval_data", world.rewards]
+    out = world.run("exo", *both)
+    given, ref = read_rows(world.rewards), ("--ref", world.sft)
+    rows = scored(out, world.rewards, tmp_path / "scored.jsonl", *ref)
     assert [row["row"] for row in rows] == list(range(1, 21))
     for row, original in zip(rows, given, strict=True):
         p = np.exp(original["rewards"])
@@ -115,11 +116,11 @@ def test_pairs_and_rewards_train_together_and_each_row_shows_its_target(files, t
 
 
 @pytest.mark.parametrize("stage", exo.LOSSES)
-def test_scored_rows_give_the_reported_loss(stage, files, tmp_path):
+def test_scored_rows_give_the_reported_loss(stage, world, tmp_path):
     """Each alone, where held-out groups of a run share batches: the last bits differ."""
-    out, eps = run(stage, files, tmp_path / "run"), exo.needs(stage).label_smoothing
-    argv = ["--ref", files["sft"], "--label_smoothing", str(eps)]
-    rows = scored(out, files["pairs"], tmp_path / "scored.jsonl", *argv)
+    out, eps = world.run(stage), exo.needs(stage).label_smoothing
+    argv = ["--ref", world.sft, "--label_smoothing", str(eps)]
+    rows = scored(out, world.pairs, tmp_path / "scored.jsonl", *argv)
     policy, ref, target = (
         torch.tensor([r[k] for r in rows], dtype=torch.float64)
         for k in ("logps", "ref_logps", "target")
@@ -128,16 +129,16 @@ def test_scored_rows_give_the_reported_loss(stage, files, tmp_path):
     assert loss == pytest.approx(records(out, "eval")[-1]["loss"], rel=1e-5)
 
 
-def test_what_is_cut_is_counted_and_said(files, tmp_path, capsys):
+def test_what_is_cut_is_counted_and_said(world, tmp_path, capsys):
     """By --score, and by a reward model with less room than the policy."""
     row = {"prompt": "p" * 50, "chosen": "c" * 60, "rejected": "no"}
     file = write_rows(tmp_path / "long.jsonl", [row])
-    assert sample.main([files["sft"], "--score", file]) == 0
+    assert sample.main([world.sft, "--score", file]) == 0
     said = capsys.readouterr().err
     assert "cut to block_size: 1 prompts from the left, 1 completions from the right" in said
-    rm = ["reward", "--data", files["pairs"], "--out", str(tmp_path / "rm"), *TINY]
+    rm = ["reward", "--data", world.pairs, "--out", str(tmp_path / "rm"), *TINY]
     assert train.main([*rm, "--block_size", "16", "--max_iters", "1"]) == 0
-    assert sample.main([files["sft"], "--score", file, "--reward", str(tmp_path / "rm")]) == 0
+    assert sample.main([world.sft, "--score", file, "--reward", str(tmp_path / "rm")]) == 0
     assert "cuts texts to its block_size of 16: here 2 prompts" in capsys.readouterr().out
 
 
@@ -146,11 +147,11 @@ def test_what_is_cut_is_counted_and_said(files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("scoring", [False, True])
-def test_a_stopped_sampling_goes_on(scoring, files, tmp_path):
+def test_a_stopped_sampling_goes_on(scoring, world, tmp_path):
     """Cut anywhere, also within a line, and even with prompts that occur twice."""
-    rows = read_rows(files["pairs"])[:6]
+    rows = read_rows(world.pairs)[:6]
     source = write_rows(tmp_path / "rows.jsonl", [*rows, *rows])
-    argv = [files["sft"], "--batch_size", "2", "--max_new_tokens", "6", "-n", "2"]
+    argv = [world.sft, "--batch_size", "2", "--max_new_tokens", "6", "-n", "2"]
     argv += ["--score" if scoring else "--prompts", source, "--out"]
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     assert sample.main([*argv, str(whole)]) == 0
@@ -174,9 +175,9 @@ def test_a_stopped_sampling_goes_on(scoring, files, tmp_path):
     ],
 )
 def test_rows_that_were_finished_stay(
-    where, call, error, status, said, rows, files, tmp_path, monkeypatch, capsys
+    where, call, error, status, said, rows, world, tmp_path, monkeypatch, capsys
 ):
-    """After Ctrl-C, on a full disk, and where the reward breaks in the third batch of 4 x 2; and the
+    """After Ctrl-C, on a full disk, where the reward breaks in the third batch of 4 x 2; and the
     same command goes on to the same file."""
     part, calls, works = tmp_path / "part.jsonl", [], pkgutil.resolve_name(where)
 
@@ -189,25 +190,25 @@ def test_rows_that_were_finished_stay(
     more = ["--batch_size", 4, "--reward", LETTERS]
     with monkeypatch.context() as patch:
         patch.setattr(where, breaks)
-        argv = sample_argv(files, part, *more)
+        argv = sample_argv(world, part, *more)
         assert sample.main(argv) == status
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert len(read_rows(part)) == rows
-    assert drawn(files, part, *more) == drawn(files, tmp_path / "whole.jsonl", *more)
+    assert drawn(world, part, *more) == drawn(world, tmp_path / "whole.jsonl", *more)
 
 
-def test_out_is_touched_only_when_all_input_has_been_read(files, tmp_path, capsys):
+def test_out_is_touched_only_when_all_input_has_been_read(world, tmp_path, refusal):
     """A mistake elsewhere on the command line costs no results."""
     out = tmp_path / "rows.jsonl"
     before = '{"prompt": "a", "completions": ["b"]}\n{"prompt": "c", "completions": ["d"]}'
     out.write_text(before)
     (tmp_path / "folder.jsonl").mkdir()
-    common = [files["sft"], "--prompts", files["pairs"], "--max_new_tokens", "6", "--out"]
+    common = [world.sft, "--prompts", world.pairs, "--max_new_tokens", "6", "--out"]
     argv = [*common, str(out), "--overwrite"]
-    refusal(sample.main, [*argv, "--reward", "nowhere:f"], capsys)
-    refusal(sample.main, ["nowhere", *argv[1:]], capsys)
+    refusal(sample.main, *argv, "--reward", "nowhere:f")
+    refusal(sample.main, "nowhere", *argv[1:])
     assert out.read_text() == before
-    refusal(sample.main, [*common, str(tmp_path / "folder.jsonl")], capsys)
+    refusal(sample.main, *common, str(tmp_path / "folder.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,7 @@ def test_out_is_touched_only_when_all_input_has_been_read(files, tmp_path, capsy
         ("SFT --prompt a --reward nowhere:f --max_new_tokens 4", "nowhere"),
     ],
 )
-def test_each_mistake_gets_one_sentence(argv, said, files, reward_model, capsys):
-    names = {"SFT": files["sft"], "RM": reward_model}
+def test_each_mistake_gets_one_sentence(argv, said, world, reward_model, refusal):
+    names = {"SFT": world.sft, "RM": reward_model}
     argv = [names.get(word, word) for word in argv.split()]
-    assert said in refusal(sample.main, argv, capsys)[-1]
+    assert said in refusal(sample.main, *argv)[-1]

@@ -3,7 +3,6 @@ sentence for every mistake. What is asked of all stages is asked of every entry 
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import signal
@@ -20,14 +19,11 @@ from conftest import (
     LETTERS,
     ROOT,
     STAGES,
+    World,
     assert_same_run,
-    command,
     read_rows,
     records,
-    refusal,
-    run,
     slow_logps,
-    task_of,
 )
 
 import data
@@ -47,22 +43,20 @@ STEP = {"step", "kind", "lr", "grad_norm", "tokens_per_s", "groups_per_s", "peak
 # Runs and their figures
 
 
-def test_sft_learns_and_leaves_a_whole_run_folder(files):
-    out = Path(files["sft"])
+def test_sft_learns_and_leaves_a_whole_run_folder(world):
     names = {"settings.json", "config.json", "ckpt.pt", "best.pt", "metrics.jsonl"}
-    assert {p.name for p in out.iterdir()} == names
-    assert json.loads((out / "config.json").read_text())["n_embd"] == 16
-    losses = [r["loss"] for r in records(out, "eval")]
-    assert losses[0] == pytest.approx(np.log(257), abs=0.05)  # knows nothing
-    assert losses[-1] < losses[0] - 1
-    assert records(out, "eval")[0].keys() == {"step", "kind", "loss"}
-    assert records(out, "train")[0].keys() == STEP | {"loss"}
+    assert {p.name for p in Path(world.sft).iterdir()} == names
+    first, *_, last = records(world.sft, "eval")
+    assert first["loss"] == pytest.approx(np.log(257), abs=0.05)  # knows nothing
+    assert last["loss"] < first["loss"] - 1
+    assert first.keys() == {"step", "kind", "loss"}
+    assert records(world.sft, "train")[0].keys() == STEP | {"loss"}
 
 
 @pytest.mark.parametrize("stage", exo.LOSSES)
-def test_preference_starts_where_policy_equals_reference(stage, files, tmp_path):
+def test_preference_starts_where_policy_equals_reference(stage, world):
     """The first evaluation is known by hand: uniform q, a coin toss, no distance from sft."""
-    out = run(stage, files, tmp_path / "run")
+    out = world.run(stage)
     first, *_, last = records(out, "eval")
     start = {"exo": 2.7612, "dpo": np.log(2)}.get(stage, first["loss"])
     assert first["loss"] == pytest.approx(start, abs=1e-3)
@@ -77,18 +71,18 @@ def test_preference_starts_where_policy_equals_reference(stage, files, tmp_path)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", *exo.LOSSES])
-def test_an_evaluation_is_the_training_loss_over_all_held_out_groups(stage, files):
+def test_an_evaluation_is_the_training_loss_over_all_held_out_groups(stage, world):
     """In passes of 3, each with its weight, as in one batch of them all."""
-    s, task = task_of(stage, files, "--micro_batch_size", 3, "--dtype", "float64")
+    s, task = world.task(stage, "--micro_batch_size", 3, "--dtype", "float64")
     with torch.no_grad():
         for p in task.policy.scorer.parameters():  # away from the reference, and from rewards of 0
             p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
         loss, figures = task.loss(data.collate(task.held_out, np.arange(40)))
-    found = train.held_out_figures(s, task)
-    assert found == pytest.approx({k: x.item() for k, x in {"loss": loss, **figures}.items()})
+    expected = {"loss": loss.item(), **{k: x.item() for k, x in figures.items()}}
+    assert train.held_out_figures(s, task) == pytest.approx(expected)
 
 
-def test_figures_of_pairs_and_rewards_by_hand():
+def test_figures_of_a_batch_by_hand():
     """Chosen is the completion with the highest target, whatever stands where none is."""
     ratio = torch.tensor([[2.0, -1.0, 9.0], [0.5, 3.0, 1.0]])
     ref = torch.full_like(ratio, -7.0)
@@ -105,51 +99,38 @@ def test_figures_of_pairs_and_rewards_by_hand():
     assert {k: x.item() for k, x in figures.items()} == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("scores", "targets", "present", "accuracy"),
-    [
-        ([0.0, 0.0], [0.0, -1.0], [1, 1], 0.5),
-        ([2e-5, 0.0], [0.0, -1.0], [1, 1], 0.5),  # may be rounding: other batches, other last bits
-        ([-2e-5, 0.0], [0.0, -1.0], [1, 1], 0.5),
-        ([1e-3, 0.0], [0.0, -1.0], [1, 1], 1.0),
-        ([-1e-3, 0.0], [0.0, -1.0], [1, 1], 0.0),
-        ([0.0, 2.0, 0.0], [0.0, 1.0, 1.0], [1, 1, 1], 0.75),  # two pairs: one alike, one tied
-        ([0.0, 2.0, 0.0], [0.0, 1.0, 1.0], [1, 1, 0], 1.0),
-        ([0.0, 2.0], [1.0, 1.0], [1, 1], 0.5),  # no order
-    ],
-)
-def test_accuracy_counts_pairs_with_unlike_targets(scores, targets, present, accuracy):
-    """And is a mean over groups, whatever their K: the second group has one pair, ordered alike."""
-    pad = [0.0] * (3 - len(scores))
-    scores, targets = (torch.tensor([x + pad, [1.0, 0.0, 0.0]]) for x in (scores, targets))
-    mask = torch.tensor([present + [0] * len(pad), [1, 1, 0]]).bool()
-    assert exo.accuracy(scores[:1], targets[:1], mask[:1]) == accuracy
-    assert exo.accuracy(scores, targets, mask) == (accuracy + 1) / 2
+def test_accuracy_counts_pairs_with_unlike_targets():
+    """And is a mean over groups, whatever their K; a tie is half, and so is a group without order."""
+    target = torch.tensor([[1.0, 0.0, 0.0]] * 5 + [[0.0, 1.0, 1.0]] * 2 + [[1.0, 1.0, 0.0]])
+    mask = torch.tensor([[True, True, k == 5] for k in range(8)])
+    leads = torch.tensor([0.0, 2e-5, -2e-5, 1e-3, -1e-3])  # the small ones may be rounding
+    scores = torch.tensor([[0.0, 2.0, 0.0]]).repeat(8, 1)
+    scores[:5] = leads[:, None] * target[:5]
+    expected = [0.5, 0.5, 0.5, 1.0, 0.0, 0.75, 1.0, 0.5]  # 0.75: of two pairs one is tied
+    found = [exo.accuracy(scores[g : g + 1], target[g : g + 1], mask[g : g + 1]) for g in range(8)]
+    assert found == expected
+    assert exo.accuracy(scores, target, mask) == np.mean(expected)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_micro_batches_give_the_gradient_of_the_large_batch(stage, files):
+def test_micro_batches_give_the_gradient_of_the_large_batch(stage, world):
     """Unequal micro-batches, too: 8 groups as 3 + 3 + 2, each weighted by what it holds."""
     gradients = []
     for micro in (8, 3):
         more = ["--micro_batch_size", micro, "--grad_clip", 0, "--dtype", "float64"]
-        s, task = task_of(stage, files, *more)
-        seen, optimizer = [], train.adamw(task.policy.scorer, s, 0.0)
-        optimizer.register_step_pre_hook(
-            lambda o, *_, seen=seen: seen.extend(
-                p.grad.clone() for g in o.param_groups for p in g["params"]
-            )
-        )
-        train.update(s, task, optimizer, task.ids(0), 0.0)
-        gradients.append(seen)
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+        s, task = world.task(stage, *more)
+        before = [p.detach().clone() for p in task.policy.scorer.parameters()]
+        sgd = torch.optim.SGD(task.policy.scorer.parameters())
+        train.update(s, task, sgd, task.ids(0), rate=1.0)
+        after = task.policy.scorer.parameters()
+        gradients.append([a.detach() - b for a, b in zip(after, before, strict=True)])
+    assert any(g.abs().max() > 1e-4 for g in gradients[0])
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-14)
 
 
-def test_reference_log_probs_are_computed_only_for_rows_that_will_be_read(files):
+def test_reference_log_probs_are_computed_only_for_rows_that_will_be_read(world):
     """And for more of them when the run is made longer."""
-    more = ["--batch_size", 2, "--max_iters"]
-    (_, one), (_, two) = (task_of("exo", files, *more, n) for n in (1, 2))
+    (_, one), (_, two) = (world.task("exo", "--batch_size", 2, "--max_iters", n) for n in (1, 2))
     for task, steps in ((one, 1), (two, 2)):
         known = np.flatnonzero(np.isfinite(task.groups.ref_logps)).tolist()
         read = sorted(g for i in range(steps) for g in task.ids(i))
@@ -158,11 +139,11 @@ def test_reference_log_probs_are_computed_only_for_rows_that_will_be_read(files)
     assert np.isfinite(two.groups.ref_logps).sum() == 2 * 4
 
 
-def test_temperature_is_stored_and_scales_logits(files, tmp_path):
-    out = run("sft", files, tmp_path / "warm", "--temperature", 2)
+def test_temperature_is_stored_and_scales_logits(world):
+    out = world.run("sft", "--temperature", 2)
     gpt, ckpt = load_gpt(out)
     assert ckpt["temperature"] == 2.0
-    groups, _ = data.read_groups([files["pairs"]], data.byte_encoding(), 64, "sft")
+    groups, _ = data.read_groups([world.pairs], data.byte_encoding(), 64, "sft")
     logps = torch.cat([slow_logps(gpt, groups, g, 0, 2.0) for g in range(len(groups))])
     assert records(out, "eval")[-1]["loss"] == pytest.approx(-logps.mean().item(), rel=1e-5)
 
@@ -192,44 +173,40 @@ def simpo_loss(policy_logps, ref_logps, log_target, beta_pi=1.0, mask=None, *, l
     return torch.nn.functional.softplus(-beta_pi * (mean[:, 0] - mean[:, 1])).mean()
 
 
-def test_a_forks_loss_is_one_function_and_one_entry(files, tmp_path, monkeypatch, capsys):
+def test_a_forks_loss_is_one_function_and_one_entry(world, monkeypatch, refusal):
     """One for pairs says so beside it, and then refuses all that is none."""
     monkeypatch.setitem(exo.LOSSES, "ipo", ipo_loss)
-    out = run("ipo", files, tmp_path / "run")
-    assert records(out, "eval")[0]["loss"] == pytest.approx(25.0)
+    assert records(world.run("ipo"), "eval")[0]["loss"] == pytest.approx(25.0)
     monkeypatch.setitem(exo.NEEDS, ipo_loss, exo.Needs(pairs=True))
-    run("ipo", files, out, "--overwrite")
-    argv = command("ipo", files, tmp_path / "x", "--data", files["rewards"])
-    said = refusal(train.main, argv, capsys)[-1]
-    assert f"{files['rewards']}:1: ipo wants preference pairs, not rewards" in said
-    argv = command("ipo", files, tmp_path / "x", "--online", "--reward", LETTERS)
-    assert "ipo wants pairs, chosen first" in refusal(train.main, argv, capsys)[-1]
+    world.run("ipo", "--overwrite")
+    said = refusal(train.main, *world.argv("ipo", "--data", world.rewards, out="other"))[-1]
+    assert f"{world.rewards}:1: ipo wants preference pairs, not rewards" in said
+    said = refusal(train.main, *world.argv("ipo", "--online", "--reward", LETTERS))[-1]
+    assert "ipo wants pairs, chosen first" in said
 
 
-def test_a_loss_without_a_reference_and_with_lengths(files, tmp_path, monkeypatch):
+def test_a_loss_without_a_reference_and_with_lengths(world, tmp_path, monkeypatch):
     """Nothing is asked of a reference, and the loss is what its formula says."""
     monkeypatch.setitem(exo.LOSSES, "simpo", simpo_loss)
     needs = exo.Needs(pairs=True, reference=False, lengths=True)
     monkeypatch.setitem(exo.NEEDS, simpo_loss, needs)
-    out, scored = run("simpo", files, tmp_path / "run", "--beta_pi", 2), tmp_path / "scored.jsonl"
-    assert sample.main([str(out), "--score", files["pairs"], "--out", str(scored)]) == 0
-    mean = [
-        [x / (len(row[k].encode()) + 1) for x, k in zip(row["logps"], names, strict=True)]
-        for names in [("chosen", "rejected")]
-        for row in read_rows(scored)
-    ]
-    gap = torch.tensor([a - b for a, b in mean])
-    loss = torch.nn.functional.softplus(-2 * gap).mean().item()
+    out, scored = world.run("simpo", "--beta_pi", 2), tmp_path / "scored.jsonl"
+    assert sample.main([str(out), "--score", world.pairs, "--out", str(scored)]) == 0
+    gaps = []
+    for row in read_rows(scored):
+        lengths = [len(row[k].encode()) + 1 for k in ("chosen", "rejected")]
+        gaps.append(row["logps"][0] / lengths[0] - row["logps"][1] / lengths[1])
+    loss = np.log1p(np.exp(-2 * np.array(gaps))).mean()
     assert loss == pytest.approx(records(out, "eval")[-1]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("how", ["", " --online"])
-def test_exo_under_another_name_is_exo(how, files, tmp_path, monkeypatch):
+def test_exo_under_another_name_is_exo(how, world, monkeypatch):
     """Its default smoothing and its on-policy correction belong to the function."""
     monkeypatch.setitem(exo.LOSSES, "mine", exo.exo_loss)
     more = ["--reward", LETTERS, "--K", "3", "--round_iters", "2"] if how else []
-    exos = [run(name + how, files, tmp_path / name, *more) for name in ("exo", "mine")]
-    assert records(exos[0]) == records(exos[1])
+    exos = [records(world.run(name + how, *more, out=name)) for name in ("exo", "mine")]
+    assert exos[0] == exos[1]
 
 
 # ------------------------------------------------------------------------------
@@ -248,12 +225,11 @@ class RefusesFloat64(torch.overrides.TorchFunctionMode):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_no_float64_goes_to_a_device(stage, files, reward_model, tmp_path):
+def test_no_float64_goes_to_a_device(stage, world, reward_model):
     """It crashed every stage with a reference, and the reward model, on a Mac."""
     more = [] if stage in ("sft", "reward") else ["--reward", reward_model]
-    argv = command(stage, files, tmp_path / "run", *more, "--device", "cpu:0", "--max_iters", 3)
     with RefusesFloat64():
-        assert train.main(argv) == 0
+        world.run(stage, *more, "--device", "cpu:0", "--max_iters", 3)
 
 
 def test_the_named_gpu_is_the_one_that_is_used(tmp_path, monkeypatch):
@@ -261,8 +237,7 @@ def test_the_named_gpu_is_the_one_that_is_used(tmp_path, monkeypatch):
     current, gpu = [], torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    peak = {gpu: 3 * 2**30}
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak.__getitem__)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {gpu: 3 * 2**30}.__getitem__)
     s = train.parse(f"sft --data x --device cuda:1 --out {tmp_path}".split())
     with parallel.processes(s.device) as device:
         assert current == [device] == [gpu]
@@ -283,26 +258,22 @@ class Compiled(torch.nn.Module):
 
 
 @pytest.mark.parametrize("stage", exo.LOSSES)
-def test_compiled_log_ratios_start_at_exactly_0(stage, files, tmp_path, monkeypatch):
-    """The reference is scored by the module that is trained, which may round in a way of its own."""
+def test_compiled_log_ratios_start_at_exactly_0(stage, world, monkeypatch):
+    """The reference is scored by the module that is trained, which rounds in its own way."""
     monkeypatch.setattr(torch, "compile", Compiled)
-    out = run(stage, files, tmp_path / "run", "--compile", "--max_iters", 1, "--kl_samples", 0)
+    out = world.run(stage, "--compile", "--max_iters", 1, "--kl_samples", 0)
     for record in (records(out, "eval")[0], records(out, "train")[0]):
         assert record["chosen_logratio"] == record["rejected_logratio"] == record["margin"] == 0
 
 
-def test_tf32_only_on_a_gpu_and_not_where_float32_was_asked_for():
-    before, found = torch.get_float32_matmul_precision(), []
-    try:
-        for dtype in (None, "bfloat16", "float32"):
-            torch.set_float32_matmul_precision("highest")
-            parallel.set_precision(dtype, CPU)
-            assert torch.get_float32_matmul_precision() == "highest"
-            parallel.set_precision(dtype, torch.device("cuda"))
-            found.append(torch.get_float32_matmul_precision())
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert found == ["high", "high", "highest"]
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
+def test_tf32_only_on_a_gpu_and_not_where_float32_was_asked_for(dtype, monkeypatch):
+    said = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    parallel.set_precision(dtype, CPU)
+    assert not said
+    parallel.set_precision(dtype, torch.device("cuda"))
+    assert said == ["highest" if dtype == "float32" else "high"]
 
 
 # ------------------------------------------------------------------------------
@@ -318,18 +289,17 @@ def in_rounds(stage: str) -> list:
 @pytest.fixture(scope="module")
 def whole(files, tmp_path_factory):
     """whole(stage): its run that nobody stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    return functools.cache(lambda name: run(name, files, folder / name, *in_rounds(name)))
+    world = World(files, tmp_path_factory.mktemp("whole"))
+    return functools.cache(lambda stage: world.run(stage, *in_rounds(stage), out=stage))
 
 
 @pytest.mark.parametrize("how", ["signal", "kill", "full disk"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stopped_run_resumes_bit_for_bit(stage, how, files, whole, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_resumes_bit_for_bit(stage, how, world, whole, monkeypatch, refusal):
     """A signal saves after step 5; a kill in step 6 goes back to step 4, within a round, too; where
     a checkpoint does not fit, the one before stays. The reference is not asked again: its log-probs
     are in the checkpoint."""
     steps, asked, update, score, save = [], [], train.update, parallel.score, torch.save
-    out = tmp_path / "run"
 
     def interrupted(*args):
         steps.append(1)
@@ -339,17 +309,17 @@ def test_a_stopped_run_resumes_bit_for_bit(stage, how, files, whole, tmp_path, m
             raise ZeroDivisionError
         return update(*args)
 
-    def counting(*args):
-        asked.append(args[-1] == "reference")
-        return score(*args)
-
     def full_disk(value, path):
         if value["step"] > 0 and how == "full disk":
             raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
         save(value, path)
 
+    def counting(*args):
+        asked.append(args[-1] == "reference")
+        return score(*args)
+
     monkeypatch.setattr(parallel, "score", counting)
-    argv = command(stage, files, out, *in_rounds(stage))
+    argv, out = world.argv(stage, *in_rounds(stage)), world.folder / "run"
     with monkeypatch.context() as patch:
         patch.setattr(train, "update", interrupted)
         patch.setattr(torch, "save", full_disk)
@@ -359,7 +329,7 @@ def test_a_stopped_run_resumes_bit_for_bit(stage, how, files, whole, tmp_path, m
             with pytest.raises(ZeroDivisionError):
                 train.main(argv)
         else:
-            assert "cannot write" in refusal(train.main, argv, capsys)[-1]
+            assert "cannot write" in refusal(train.main, *argv)[-1]
     assert load_checkpoint(out)["step"] == {"signal": 5, "kill": 4, "full disk": 0}[how]
     assert not list(out.glob(".*"))
     assert any(asked) == (stage in exo.LOSSES)
@@ -369,19 +339,15 @@ def test_a_stopped_run_resumes_bit_for_bit(stage, how, files, whole, tmp_path, m
     assert_same_run(whole(stage), out)
 
 
-def test_ctrl_c_saves_the_step_and_says_how_to_go_on(files, tmp_path):
+def test_ctrl_c_saves_the_step_and_says_how_to_go_on(world):
     """In a process of its own: 130 is what a shell expects. test_resume.py kills processes."""
-    out = tmp_path / "run"
-    argv = command("exo", files, out, "--max_iters", 10**5, "--eval_interval", 10**4)
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *argv],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics, deadline = out / "metrics.jsonl", time.time() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.time() < deadline:
+    argv = world.argv("exo", "--max_iters", 10**5, "--eval_interval", 10**4)
+    command = [sys.executable, "train.py", *argv]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    out, deadline = world.folder / "run", time.time() + 120
+    while not (out / "metrics.jsonl").exists() or len(records(out)) < 4:
+        assert process.poll() is None
+        assert time.time() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1].splitlines()[-1]
@@ -395,14 +361,14 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(files, tmp_path):
     ("training", "call", "said", "kept"),
     [
         (True, 5, "step 4: the gradient is no number for the rows {pairs}:", 3),
-        (False, 6, "step 3: the held-out loss is no number; ", 0),  # the second evaluation's first
+        (False, 6, "step 3: the held-out loss is no number; ", 0),  # 5 calls an evaluation
     ],
 )
 def test_a_loss_that_is_no_number_stops_the_run_before_the_step(
-    training, call, said, kept, files, tmp_path, monkeypatch, capsys
+    training, call, said, kept, world, monkeypatch, refusal
 ):
     """The checkpoint stays good, metrics stay JSON, and the sentence names step and rows."""
-    calls, out = [], tmp_path / "run"
+    calls, out = [], world.folder / "run"
 
     def breaks(policy_logps, *args):
         calls.append(policy_logps.requires_grad)
@@ -410,8 +376,8 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_step(
         return exo.dpo_loss(policy_logps, *args) * (math.nan if broken else 1.0)
 
     monkeypatch.setitem(exo.LOSSES, "breaks", breaks)
-    message = refusal(train.main, command("breaks", files, out, "--kl_samples", 0), capsys)[-1]
-    assert message.startswith(f"train.py: {said.format(**files)}")
+    message = refusal(train.main, *world.argv("breaks", "--kl_samples", 0))[-1]
+    assert message.startswith(f"train.py: {said.format(pairs=world.pairs)}")
     assert message.endswith(f"; {out} keeps the checkpoint of step {kept}")
     ckpt = load_checkpoint(out)
     assert ckpt["step"] == kept
@@ -419,9 +385,9 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_step(
     assert "NaN" not in (out / "metrics.jsonl").read_text()
 
 
-def test_a_finished_run_resumes_to_itself_without_held_out_data(files, tmp_path):
+def test_a_finished_run_resumes_to_itself_without_held_out_data(world, tmp_path):
     """Settings are compared as settings.json holds them, where an empty tuple is a list."""
-    argv = ["dpo", "--data", files["pairs"], "--init", files["sft"], "--out", str(tmp_path / "run")]
+    argv = ["dpo", "--data", world.pairs, "--init", world.sft, "--out", str(tmp_path / "run")]
     argv += ["--max_iters", "3", "--kl_samples", "0"]
     assert train.main(argv) == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -429,38 +395,36 @@ def test_a_finished_run_resumes_to_itself_without_held_out_data(files, tmp_path)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
-def test_what_does_not_change_the_mathematics_may_change_on_resume(files, tmp_path, capsys):
+def test_what_does_not_change_the_mathematics_may_change_on_resume(world, refusal):
     """After an out-of-memory: fewer groups at once, checkpointing; and a run made longer."""
-    out = run("dpo", files, tmp_path / "run", "--batch_size", 4)
+    out = world.run("dpo")
     more = ["--micro_batch_size", 2, "--gradient_checkpointing", "--max_iters", 12]
-    run("dpo", files, out, "--batch_size", 4, "--resume", *more)
+    world.run("dpo", "--resume", *more)
     assert [r["step"] for r in records(out, "train")] == list(range(1, 13))
-    argv = command("dpo", files, out, "--resume", "--beta_pi", "0.2", "--batch_size", 4)
-    assert "another --beta_pi" in refusal(train.main, argv, capsys)[-1]
+    said = refusal(train.main, *world.argv("dpo", "--resume", "--beta_pi", "0.2"))[-1]
+    assert "another --beta_pi" in said
     assert load_checkpoint(out)["step"] == 12
 
 
-def test_the_reference_is_that_of_the_beginning(files, tmp_path, monkeypatch, capsys):
+def test_the_reference_is_that_of_the_beginning(world, monkeypatch, refusal):
     """--init is read once; where it was trained meanwhile, the run does not go on with another."""
-    sft, read, load = str(run("sft", files, tmp_path / "sft", "--max_iters", 1)), [], train.load_gpt
+    sft, read, load = world.run("sft", "--max_iters", 1, out="sft"), [], train.load_gpt
     monkeypatch.setattr(train, "load_gpt", lambda *a, **k: read.append(a) or load(*a, **k))
-    run("dpo", files, tmp_path / "run", "--init", sft)
+    world.run("dpo", "--init", sft)
     assert len(read) == 1
-    run("sft", files, tmp_path / "sft", "--max_iters", 3, "--overwrite")
-    argv = command("dpo", files, tmp_path / "run", "--init", sft, "--resume")
-    said = refusal(train.main, argv, capsys)[-1]
+    world.run("sft", "--max_iters", 3, "--overwrite", out="sft")
+    said = refusal(train.main, *world.argv("dpo", "--init", sft, "--resume"))[-1]
     assert "is another model than when the run began" in said
 
 
-def test_the_best_weights_can_be_chosen(files, tmp_path):
+def test_the_best_weights_can_be_chosen(world, tmp_path):
     """--which best, as --init and in sample.py."""
-    rates = ["--learning_rate", 3, "--max_iters", 3, "--eval_interval", 1]
-    out = str(run("sft", files, tmp_path / "run", *rates))
-    last, best = (load_gpt(out, which=which)[0] for which in ("last", "best"))
-    assert best.wte.weight.equal(load_gpt(files["sft"])[0].wte.weight)
-    assert not best.wte.weight.equal(last.wte.weight)
+    out = str(world.run("sft", *"--learning_rate 3 --max_iters 3 --eval_interval 1".split()))
+    last, best = (load_gpt(out, which=which)[0].wte.weight for which in ("last", "best"))
+    assert best.equal(load_gpt(world.sft)[0].wte.weight)
+    assert not best.equal(last)
     s = train.parse(["sft", "--data", "x", "--init", out, "--which", "best"])
-    assert train.load_init(s)[0].wte.weight.equal(best.wte.weight)
+    assert train.load_init(s)[0].wte.weight.equal(best)
     texts = []
     for which in ("last", "best"):
         drawn = tmp_path / f"{which}.jsonl"
@@ -469,53 +433,30 @@ def test_the_best_weights_can_be_chosen(files, tmp_path):
     assert texts[0] != texts[1]
 
 
-def test_an_interrupt_where_nothing_can_be_saved_is_one_line(files, tmp_path, capsys, monkeypatch):
+def test_an_interrupt_where_nothing_can_be_saved_is_one_line(world, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "make_stage", interrupted)
-    assert train.main(command("dpo", files, tmp_path / "run")) == 130
+    assert train.main(world.argv("dpo")) == 130
     assert capsys.readouterr().err == "train.py: stopped before it could save\n"
 
 
-def test_a_run_is_not_overwritten_by_accident(files, tmp_path, capsys):
+def test_a_run_is_not_overwritten_by_accident(world, refusal):
     """Nor by --overwrite the model that the new run would start from."""
-    out = run("dpo", files, tmp_path / "run", "--max_iters", 1)
+    out = world.run("dpo", "--max_iters", 1)
     before = (out / "ckpt.pt").read_bytes()
-    capsys.readouterr()
-    (said,) = refusal(train.main, command("dpo", files, out), capsys)
+    (said,) = refusal(train.main, *world.argv("dpo"))
     assert "--resume, --overwrite or another --out" in said
-    assert (out / "ckpt.pt").read_bytes() == before
-    run("dpo", files, out, "--max_iters", 2, "--overwrite")
-    assert load_checkpoint(out)["step"] == 2
-    capsys.readouterr()
-    (said,) = refusal(train.main, command("dpo", files, files["sft"], "--overwrite"), capsys)
+    (said,) = refusal(train.main, *world.argv("dpo", "--init", out, "--overwrite"))
     assert "would overwrite --init" in said
-    assert (Path(files["sft"]) / "ckpt.pt").exists()
+    assert (out / "ckpt.pt").read_bytes() == before
+    world.run("dpo", "--max_iters", 2, "--overwrite")
+    assert load_checkpoint(out)["step"] == 2
 
 
 # ------------------------------------------------------------------------------
-# Mistakes: one sentence, exit status 2, no folder left
-
-
-@pytest.mark.parametrize(
-    ("rows", "said"),
-    [
-        (None, "cannot read"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n', ":2: broken JSON"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "nothing usable (0 of 1 rows usable"),
-        ('{"prompt": "a"}', ":1: expected preference pairs or completions with rewards"),
-    ],
-)
-def test_wrong_data_is_named_with_its_file(rows, said, files, tmp_path, capsys):
-    """All that can be wrong with rows is in test_rows.py."""
-    file, out = tmp_path / "rows.jsonl", tmp_path / "run"
-    if rows is not None:
-        file.write_text(rows)
-    (message,) = refusal(train.main, command("exo", files, out, "--data", file), capsys)
-    assert said in message
-    assert str(file) in message
-    assert not out.exists()
+# Mistakes: one sentence, exit status 2, no folder left. Those in rows are in test_rows.py.
 
 
 @pytest.mark.parametrize(
@@ -526,6 +467,7 @@ def test_wrong_data_is_named_with_its_file(rows, said, files, tmp_path, capsys):
         ("sft --lr 1", "unrecognized arguments: --lr 1"),
         ("sft", "sft needs --data"),
         ("exo --data PAIRS", "exo needs --init"),
+        ("exo --data nowhere.jsonl --init SFT", "cannot read nowhere.jsonl"),
         ("exo --data PAIRS --init nowhere", "no checkpoint at nowhere"),
         ("exo --data PAIRS --init PAIRS", "no file of torch.save"),
         ("exo --data PAIRS --init SFT --label_smoothing 0", "infinite"),
@@ -542,48 +484,48 @@ def test_wrong_data_is_named_with_its_file(rows, said, files, tmp_path, capsys):
         ("ppo --data F --init F", "ppo needs --reward"),
         ("ppo --data F --reward m:f", "ppo needs --init"),
         ("exo --data F --init F --online", "exo --online needs --reward"),
-        ("dpo --data F --init F --online --reward m:f --K 1", "--K must be at least 2, got 1"),
+        ("dpo --data F --init F --online --reward m:f --K 1", "--K must be at least 2 to compare"),
         ("sft --data F --online", "--online is for exo and dpo"),
         ("ppo --data F --init F --reward m:f --online", "--online is for exo and dpo"),
         ("exo --data F --init F --reward m:f --kl_samples 0", "--kl_samples must not be 0"),
         ("ppo --data PAIRS --init SFT --reward nowhere", "no checkpoint at nowhere"),
         ("ppo --data PAIRS --init SFT --reward SFT", "is no reward model: its stage is sft"),
         ("ppo --data PAIRS --init SFT --reward no_module:f", "--reward no_module:f: No module"),
+        ("ppo --data PAIRS --init SFT --reward math:absent", "has no attribute 'absent'"),
         *((f"{name} --data PAIRS --init RM", "is a reward model: it rates") for name in exo.LOSSES),
         ("sft --data PAIRS --init RM", "is a reward model: it rates text and writes none"),
     ],
 )
-def test_each_wrong_setting_gets_one_sentence(argv, said, files, reward_model, tmp_path, capsys):
-    names = {"PAIRS": files["pairs"], "SFT": files["sft"], "RM": reward_model}
+def test_each_wrong_setting_gets_one_sentence(argv, said, world, reward_model, tmp_path, refusal):
+    names = {"PAIRS": world.pairs, "SFT": world.sft, "RM": reward_model}
     argv = [names.get(word, word) for word in argv.split()]
-    (message,) = refusal(train.main, [*argv, "--out", str(tmp_path / "run")], capsys)
+    (message,) = refusal(train.main, *argv, "--out", str(tmp_path / "run"))
     assert said in message
     assert not (tmp_path / "run").exists()
 
 
-def test_each_number_says_its_range(capsys):
+KINDS = {f.name: f.metadata["kind"] for f in dataclasses.fields(train.Settings)}
+
+
+@pytest.mark.parametrize("name", [n for n, kind in KINDS.items() if isinstance(kind, train.Number)])
+def test_each_number_says_its_range(name, refusal):
     """What is just outside, and what is no finite number."""
-    outside = {train.COUNT: "0", train.INDEX: "-1", train.POSITIVE: "0.0", train.AMOUNT: "-1.0"}
-    outside[train.SHARE] = "1.0"
-    for flag in dataclasses.fields(train.Settings):
-        kind = flag.metadata["kind"]
-        for value in (outside[kind], "nan", "inf") if isinstance(kind, train.Number) else ():
-            if kind.type is float or value == outside[kind]:
-                argv = ["exo", "--data", "F", "--init", "F", f"--{flag.name}", value]
-                (said,) = refusal(train.main, argv, capsys)
-                assert f"--{flag.name} must be {kind.range}, got {value}" in said
+    kind = KINDS[name]
+    least = {train.COUNT: "0", train.INDEX: "-1", train.POSITIVE: "0.0", train.AMOUNT: "-1.0"}
+    for value in [least.get(kind, "1.0"), *(["nan", "inf"] if kind.type is float else [])]:
+        (said,) = refusal(train.main, "sft", "--data", "F", f"--{name}", value)
+        assert f"--{name} must be {kind.range}, got {value}" in said
 
 
-def test_a_checkpoint_from_another_vocabulary_is_refused(files, tmp_path, capsys):
+def test_a_checkpoint_from_another_vocabulary_is_refused(world, tmp_path, refusal):
     """Ids of one tokenizer mean nothing to a model of another."""
-    ckpt, out = load_checkpoint(files["sft"]), tmp_path / "run"
+    ckpt = load_checkpoint(world.sft)
     ckpt["config"] = ckpt["config"] | {"vocab_size": 300}
     ckpt["model"] = GPT(GPTConfig(**ckpt["config"])).state_dict()
     torch.save(ckpt, tmp_path / "other.pt")
-    argv = command("exo", files, out, "--init", tmp_path / "other.pt")
-    (said,) = refusal(train.main, argv, capsys)
+    (said,) = refusal(train.main, *world.argv("exo", "--init", tmp_path / "other.pt"))
     assert "has 300 words, its encoding bytes has 257" in said
-    assert not out.exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_setting_is_read_somewhere():
