@@ -674,6 +674,9 @@ def resume(s: Settings, stage, optimizer) -> dict:
     ckpt, policy = load_run(Path(s.out), plain(s)), stage.policy
     if not math.isclose(ckpt["sft"], policy.fingerprint(), rel_tol=1e-9):
         raise InputError(f"--resume: --init {s.init} is another model than when the run began")
+    if ckpt["step"] > stage.steps:
+        said = f"the run in {s.out} is at step {ckpt['step']}, beyond the {stage.steps} asked for"
+        raise InputError(f"--resume: {said}")
     parallel.load_weights(policy.gpt, ckpt["model"])
     for name, head in stage.heads.items():
         parallel.load_weights(head, ckpt[name])

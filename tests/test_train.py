@@ -100,7 +100,7 @@ def test_figures_of_a_batch_by_hand():
 
 
 def test_accuracy_counts_pairs_with_unlike_targets():
-    """And is a mean over groups, whatever their K; a tie is half, and so is a group without order."""
+    """And is a mean over groups, whatever their K. A tie is half, and a group without order."""
     target = torch.tensor([[1.0, 0.0, 0.0]] * 5 + [[0.0, 1.0, 1.0]] * 2 + [[1.0, 1.0, 0.0]])
     mask = torch.tensor([[True, True, k == 5] for k in range(8)])
     leads = torch.tensor([0.0, 2e-5, -2e-5, 1e-3, -1e-3])  # the small ones may be rounding
@@ -403,6 +403,8 @@ def test_what_does_not_change_the_mathematics_may_change_on_resume(world, refusa
     assert [r["step"] for r in records(out, "train")] == list(range(1, 13))
     said = refusal(train.main, *world.argv("dpo", "--resume", "--beta_pi", "0.2"))[-1]
     assert "another --beta_pi" in said
+    said = refusal(train.main, *world.argv("dpo", "--resume", "--max_iters", 8))[-1]
+    assert said.endswith("is at step 12, beyond the 8 asked for")  # it would never end
     assert load_checkpoint(out)["step"] == 12
 
 
