@@ -121,21 +121,21 @@ class Rounds:
         self.reward, self.ref = load_reward(s.reward, policy.device), policy.reference()
         self.epochs = Epochs(prompts, s.batch_size, s.seed)
         self.steps = s.max_iters or math.ceil(s.epochs * self.epochs.n_batches) * self.passes
-        self.round, self.groups, self.figures = -1, prompts, {}
+        self.round, self.groups, self.figures = None, prompts, {}
 
     def ids(self, step: int) -> np.ndarray:
         """The groups of the round that this step reads, drawn and rated if it begins the round."""
         round_, within = divmod(step, self.s.round_iters * self.passes)
         first = round_ * self.s.round_iters  # batch of prompts
         n = min(self.s.round_iters, math.ceil(self.steps / self.passes) - first)
-        if round_ != self.round:
+        if self.round != (round_, n):  # the last one of a run that is made longer is drawn anew
             rows = np.concatenate([self.epochs.batch(i) for i in range(first, first + n)])
             seed = np.random.SeedSequence([self.s.seed, round_]).generate_state(1)[0]
             generator = torch.Generator().manual_seed(int(seed))
             prompts = [self.prompts.prompt(g) for g in rows]
             groups = draw(self.policy, self.s, prompts, self.s.K, generator)
             rate(self.policy, groups, self.reward)  # may end the run: nothing has changed so far
-            self.groups, self.round = groups, round_
+            self.groups, self.round = groups, (round_, n)
             kl = self.store().mean().item()
             rewards = groups.rewards[groups.is_completion()]
             self.figures = {"reward": float(rewards.mean()), "kl": kl}
@@ -157,12 +157,12 @@ class Rounds:
 
     def state(self) -> dict:
         arrays = {k: v for k, v in vars(self.groups).items() if isinstance(v, np.ndarray)}
-        groups = {k: torch.from_numpy(v) for k, v in arrays.items()} if self.round >= 0 else {}
+        groups = {k: torch.from_numpy(v) for k, v in arrays.items()} if self.round else {}
         return {"round": self.round, "groups": groups, "figures": self.figures}
 
     def load_state(self, state: dict) -> None:
         self.round, self.figures = state["round"], state["figures"]
-        if self.round >= 0:
+        if self.round:
             arrays = {k: v.numpy() for k, v in state["groups"].items()}
             self.groups = Groups(**arrays, eot=self.policy.encoding.eot_token)
 

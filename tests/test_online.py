@@ -88,6 +88,18 @@ def test_every_prompt_is_drawn_once_an_epoch_and_every_draw_read_once_a_pass(wor
 
 
 @pytest.mark.parametrize("stage", ROUNDS)
+def test_a_run_made_longer_draws_its_last_round_anew(stage, world):
+    """8 steps end within the second round, which holds less than one of a run of 12 does."""
+    more = ["--batch_size", 4, "--ppo_epochs", 2, "--round_iters", 3 if stage == "ppo" else 6]
+    (_, short), (_, long) = (world.task(stage, *more, "--max_iters", n) for n in (8, 12))
+    short.ids(7)
+    long.load_state(short.state())
+    read = np.concatenate([long.ids(step) for step in range(8, 12)])
+    assert len(read) == 4 * 4
+    assert len(set(read)) == (12 if stage == "ppo" else 16)  # ppo: the end of a pass, then another
+
+
+@pytest.mark.parametrize("stage", ROUNDS)
 def test_the_reward_rises(stage, world):
     """And the loss of an evaluation is -J, with the beta that the settings amount to."""
     more = "--max_iters 60 --eval_interval 30 --learning_rate 3e-3 --K 8 --kl_samples 64".split()
