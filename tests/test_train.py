@@ -262,7 +262,7 @@ class Compiled(torch.nn.Module):
 def test_compiled_log_ratios_start_at_exactly_0(stage, world, monkeypatch):
     """The reference is scored by the module that is trained, which rounds in its own way."""
     monkeypatch.setattr(torch, "compile", Compiled)
-    out = world.run(stage, "--compile", "--max_iters", 1, "--kl_samples", 0)
+    out = world.run(stage, "--compile", "--micro_batch_size", 3, "--kl_samples", 0)
     for record in (records(out, "eval")[0], records(out, "train")[0]):
         assert record["chosen_logratio"] == record["rejected_logratio"] == record["margin"] == 0
 
