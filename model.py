@@ -76,7 +76,7 @@ class Tree:
                 v = torch.cat([repeat_rows(past[1], rows), v], dim=2)
                 if mask is None and time > 1:
                     mask = causal_mask(time, k.size(2), q.device)
-            causal = past is None and mask is None and time > 1
+            causal = past is None and mask is None  # of one token, too: a length may be a symbol
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
             past = k, v
             out.append(y.transpose(1, 2).reshape(rows * time, -1))
