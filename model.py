@@ -405,9 +405,8 @@ def scored_hidden(gpt: GPT, batch) -> Tensor:
 
 def to_grid(x: Tensor, batch) -> Tensor:
     """A number per scored token (S,) -> (B, K, T), exactly 0 where nothing is scored."""
-    spare = batch.targets.flatten()[batch.scored] < 0
-    grid = x.new_zeros(batch.targets.numel())
-    return grid.index_add(0, batch.scored, x.masked_fill(spare, 0.0)).view(batch.targets.shape)
+    grid = x.new_zeros(batch.targets.numel()).index_add(0, batch.scored, x)
+    return grid.view(batch.targets.shape).masked_fill(batch.targets < 0, 0.0)
 
 
 def token_logps(x: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
