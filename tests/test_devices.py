@@ -1,19 +1,194 @@
 """What a CPU can prove about a GPU: no mixed devices, no waiting in a step, few graphs, and digits
-where GPT-2's logits lie."""
+where GPT-2's logits lie.
 
+A build of torch without CUDA cannot index, nor differentiate, what is on `cuda`, even where nothing
+is computed. So steps are tried on `meta`, torch's other device without numbers, with lengths
+rounded as on a GPU; on `cuda` itself where there is one.
+"""
+
+import contextlib
 import functools
+import json
 
 import numpy as np
+import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    FakeTensorDeviceMismatchError,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import exo
+import model
+import train
 from data import Builder, Report, collate
 from infra import parallel
 from model import GPT, GPTConfig, Scorer
 
 torch.set_num_threads(1)
 GPT2_WORDS = 50257
+aten = torch.ops.aten
+
+# ------------------------------------------------------------------------------
+# A device of which only shapes are known
+
+
+class Device(TorchDispatchMode):
+    """Tensors on this kind of device have no numbers, and meet no tensor of the host. Whatever the
+    host asks for is 0, and counted: there a GPU would be waited for. (What has a shape that depends
+    on numbers, like nonzero, raises an error of torch's.)"""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.device, self.fake = torch.device(kind), FakeTensorMode(allow_non_fake_inputs=True)
+        self.waits = []
+
+    def __enter__(self):
+        self.fake.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.fake.__exit__(*error)
+
+    def has(self, x) -> bool:
+        device = x.device if isinstance(x, torch.Tensor) else x
+        return isinstance(device, torch.device) and device.type == self.device.type
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not any(map(self.has, tree_leaves((args, kwargs)))):
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+        copied = function is aten._to_copy.default and kwargs.get("device") == torch.device("cpu")
+        if copied or function is aten._local_scalar_dense.default:
+            self.waits.append("copy" if copied else "item")
+            with unset_fake_temporarily():
+                zeros = torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+                return zeros if copied else zeros.item()
+        return function(*args, **kwargs)
+
+    def move(self, module: torch.nn.Module) -> None:
+        """In place, so that everyone who holds the module sees it."""
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                moved = torch.nn.Parameter(p.detach().to(self.device), p.requires_grad)
+                part._parameters[name] = moved
+
+
+CUDA = pytest.param(
+    "cuda:0",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA to index without it"),
+    ],
+)
+
+
+@pytest.fixture(params=["meta", CUDA])
+def device(request, monkeypatch) -> Device:
+    if request.param == "meta":  # has no autocast
+        monkeypatch.setattr(model, "compute_dtype", lambda weight: weight.dtype)
+        monkeypatch.setattr(parallel, "autocast", lambda *_: contextlib.nullcontext())
+        monkeypatch.setattr(parallel, "rounding", lambda _: 64)
+    return Device(request.param)
+
+
+def test_the_device_itself_refuses_mixtures_and_counts_waits():
+    with Device("meta") as device:
+        x = torch.ones(3).to("meta")
+        for wait in (lambda: bool(x.any()), lambda: x.sum().item(), x.cpu, x.tolist):
+            wait()
+        assert device.waits == ["item", "item", "copy", *["item"] * 3]  # a list: one by one
+        with pytest.raises(FakeTensorDeviceMismatchError):
+            x + torch.ones(3)
+        for shape in (x.nonzero, lambda: x[x > 0], lambda: x.masked_select(x > 0)):
+            with pytest.raises(DynamicOutputShapeException):
+                shape()
+
+
+# ------------------------------------------------------------------------------
+# Stages and sampling
+
+STAGES = [["sft"], ["reward"], *([name] for name in exo.LOSSES)]
+STAGES += [["exo", "--online"], ["dpo", "--online"], ["ppo"]]
+
+
+def length(prompt: str, completion: str) -> float:
+    return len(completion)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("devices")
+    texts = [" yes", " no no", " perhaps"]
+    rows = [
+        {
+            "prompt": "a" * n,
+            "completions": texts[: 2 + n % 2],
+            "rewards": [1.0, 0.0, 2.0][: 2 + n % 2],
+        }
+        for n in range(1, 6)
+    ]
+    data, sft = folder / "rows.jsonl", folder / "sft"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = "--n_layer 1 --n_head 2 --n_embd 8 --block_size 256 --max_iters 1".split()
+    assert train.main(["sft", "--data", str(data), "--out", str(sft), *shape]) == 0
+    return {"data": str(data), "sft": str(sft)}
+
+
+def make_stage(argv: list[str], files: dict):
+    """(settings, stage, ids of its first batch); completions are drawn already, on the CPU."""
+    argv = [*argv, "--data", files["data"], "--init", files["sft"], "--max_new_tokens", "4"]
+    rated = ["--reward", "test_devices:length"] if "--online" in argv or "ppo" in argv else []
+    s = train.parse([*argv, *rated, "--batch_size", "5"])
+    stage = train.make_stage(s, torch.device("cpu"))
+    return s, stage, stage.ids(0)
+
+
+@pytest.mark.parametrize("argv", STAGES, ids=" ".join)
+def test_a_step_stays_on_its_device_and_waits_once(argv, device, files):
+    """To see whether the gradient is finite. (AdamW is torch's plain one: none is fused on meta.)"""
+    s, stage, ids = make_stage(argv, files)
+    with device:
+        device.move(stage.policy.scorer)
+        stage.policy.device = device.device
+        if hasattr(stage, "stored"):  # of PPO's round
+            stage.stored = {k: v.to(device.device) for k, v in stage.stored.items()}
+        optimizer = torch.optim.AdamW(stage.policy.scorer.parameters())
+        figures, _ = train.update(s, stage, optimizer, ids, 1e-3)
+    assert device.waits == ["item"]
+    assert all(map(device.has, figures.values()))
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.7, "top_k": 5}, {"temperature": 0}], ids=str)
+def test_sampling_stays_on_its_device_and_waits_once_in_16_tokens(how, device):
+    """Beside that, once before the first, whether prompts are of unlike lengths (and once more
+    where a row has ended, how many have not)."""
+    gpt = GPT(GPTConfig(block_size=64, vocab_size=300, n_layer=1, n_head=2, n_embd=8))
+    with device:
+        device.move(gpt)
+        texts = gpt.generate([[1, 2, 3], [4]], max_new_tokens=48, n=2, eot=299, **how)
+    assert texts == [[0] * 48] * 4
+    assert device.waits == ["item"] * (1 + 48 // 16 + 4 * 48)  # the text is read one by one
+
+
+def test_logits_of_bfloat16_are_float32_on_cuda():
+    with Device("cuda:0") as device, torch.no_grad():
+        x, weight = (torch.ones(n, 8).to(device.device, torch.bfloat16) for n in (3, 5))
+        logits = model.wide_logits(x, weight)
+    assert device.has(logits)
+    assert logits.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------
+# Graphs
 
 
 def test_ragged_batches_compile_to_at_most_3_graphs_without_a_break(monkeypatch):
