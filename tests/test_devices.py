@@ -66,7 +66,9 @@ class Device(TorchDispatchMode):
         if not any(map(self.has, tree_leaves((args, kwargs)))):
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
-        copied = function is aten._to_copy.default and kwargs.get("device") == torch.device("cpu")
+        there = kwargs.get("device") or self.device
+        copied = function is aten._to_copy.default and not self.has(there)
+        copied |= function is aten.copy_.default and not self.has(args[0])
         if copied or function is aten._local_scalar_dense.default:
             self.waits.append("copy" if copied else "item")
             with unset_fake_temporarily():
@@ -86,7 +88,9 @@ CUDA = pytest.param(
     "cuda:0",
     marks=[
         pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA to index without it"),
+        pytest.mark.skipif(
+            not torch.cuda.is_available(), reason="without CUDA torch cannot index here"
+        ),
     ],
 )
 
@@ -103,9 +107,10 @@ def device(request, monkeypatch) -> Device:
 def test_the_device_itself_refuses_mixtures_and_counts_waits():
     with Device("meta") as device:
         x = torch.ones(3).to("meta")
-        for wait in (lambda: bool(x.any()), lambda: x.sum().item(), x.cpu, x.tolist):
+        for wait in (x.any().__bool__, x.sum().item, x.cpu, x.tolist):
             wait()
-        assert device.waits == ["item", "item", "copy", *["item"] * 3]  # a list: one by one
+        torch.ones(3).copy_(x)
+        assert device.waits == ["item", "item", "copy", *["item"] * 3, "copy"]  # a list: one by one
         with pytest.raises(FakeTensorDeviceMismatchError):
             x + torch.ones(3)
         for shape in (x.nonzero, lambda: x[x > 0], lambda: x.masked_select(x > 0)):
@@ -127,14 +132,10 @@ def length(prompt: str, completion: str) -> float:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("devices")
-    texts = [" yes", " no no", " perhaps"]
+    texts, rewards = [" yes", " no no", " perhaps"], [1.0, 0.0, 2.0]
     rows = [
-        {
-            "prompt": "a" * n,
-            "completions": texts[: 2 + n % 2],
-            "rewards": [1.0, 0.0, 2.0][: 2 + n % 2],
-        }
-        for n in range(1, 6)
+        {"prompt": "a" * n, "completions": texts[:k], "rewards": rewards[:k]}
+        for n, k in enumerate((2, 3, 2, 3, 2), 1)
     ]
     data, sft = folder / "rows.jsonl", folder / "sft"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -154,7 +155,7 @@ def make_stage(argv: list[str], files: dict):
 
 @pytest.mark.parametrize("argv", STAGES, ids=" ".join)
 def test_a_step_stays_on_its_device_and_waits_once(argv, device, files):
-    """To see whether the gradient is finite. (AdamW is torch's plain one: none is fused on meta.)"""
+    """To see whether the gradient is finite. AdamW is torch's plain one: none is fused on meta."""
     s, stage, ids = make_stage(argv, files)
     with device:
         device.move(stage.policy.scorer)
@@ -174,9 +175,9 @@ def test_sampling_stays_on_its_device_and_waits_once_in_16_tokens(how, device):
     gpt = GPT(GPTConfig(block_size=64, vocab_size=300, n_layer=1, n_head=2, n_embd=8))
     with device:
         device.move(gpt)
-        texts = gpt.generate([[1, 2, 3], [4]], max_new_tokens=48, n=2, eot=299, **how)
-    assert texts == [[0] * 48] * 4
-    assert device.waits == ["item"] * (1 + 48 // 16 + 4 * 48)  # the text is read one by one
+        texts = gpt.generate([[1, 2, 3], [4]], max_new_tokens=32, n=2, eot=299, **how)
+    assert texts == [[0] * 32] * 4
+    assert device.waits == ["item"] * (1 + 32 // 16 + 4 * 32)  # the text is read one by one
 
 
 def test_logits_of_bfloat16_are_float32_on_cuda():
@@ -214,12 +215,36 @@ def ragged(seed: int):
     """Batches of 2 or 3 pairs, for ever."""
     rng = np.random.default_rng(seed)
     while True:
-        n, (prompt, completion) = rng.integers(2, 4), rng.integers(5, 200, 2)
+        n, longest = rng.integers(2, 4), rng.integers(5, 190)
         builder = Builder(512, GPT2_WORDS - 1, Report())
         for _ in range(n):
-            ids, *pair = (
-                rng.integers(0, GPT2_WORDS - 1, rng.integers(1, longest))
-                for longest in (prompt, completion, completion)
-            )
-            builder.add(ids, pair)
+            lengths = rng.integers(1, (190, longest, longest))
+            prompt, *pair = (rng.integers(0, GPT2_WORDS - 1, size) for size in lengths)
+            builder.add(prompt, pair)
         yield collate(builder.groups(), np.arange(n), round_to=64)
+
+
+# ------------------------------------------------------------------------------
+# Digits
+
+
+@pytest.mark.parametrize("shift", [-40.0, -80.0])
+def test_bfloat16_costs_no_digits_where_gpt2s_logits_lie(shift):
+    """Against float64 on the same rounded factors: 1e-3 nats a token (measured: 5e-5). Gradients
+    are products of bfloat16: 1 % for the head's weight, 10 % for the features, where what softmax
+    minus one-hot lacks to a sum of 0 is multiplied by the shift (measured at -80: 0.1 and 6 %)."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 64, generator=generator) for n in (48, GPT2_WORDS))
+    weight *= 0.3
+    x[:, 0], weight[:, 0] = 1.0, shift
+    factors = x.bfloat16(), weight.bfloat16()
+    targets = torch.randint(GPT2_WORDS, (48,), generator=generator)
+    exact = [f.double().requires_grad_() for f in factors]
+    rounded = [f.float().requires_grad_() for f in factors]
+    expected = (exact[0] @ exact[1].T).log_softmax(-1)[torch.arange(48), targets]
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = model.token_logps(*rounded, targets)
+    assert (logps - expected).abs().max() < 1e-3
+    got, want = (torch.autograd.grad(y.sum(), f) for y, f in ((logps, rounded), (expected, exact)))
+    assert (got[0] - want[0]).norm() < 0.1 * want[0].norm()
+    assert (got[1] - want[1]).norm() < 0.01 * want[1].norm()
