@@ -84,15 +84,8 @@ class Device(TorchDispatchMode):
                 part._parameters[name] = moved
 
 
-CUDA = pytest.param(
-    "cuda:0",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(
-            not torch.cuda.is_available(), reason="without CUDA torch cannot index here"
-        ),
-    ],
-)
+WITHOUT = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch cannot index it: no CUDA")
+CUDA = pytest.param("cuda:0", marks=[pytest.mark.gpu, WITHOUT])
 
 
 @pytest.fixture(params=["meta", CUDA])
