@@ -76,7 +76,7 @@ class Tree:
                 v = torch.cat([repeat_rows(past[1], rows), v], dim=2)
                 if mask is None and time > 1:
                     mask = causal_mask(time, k.size(2), q.device)
-            causal = past is None and mask is None and time > 1
+            causal = past is None and mask is None  # of one token, too: a length may be a symbol
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
             past = k, v
             out.append(y.transpose(1, 2).reshape(rows * time, -1))
@@ -405,9 +405,8 @@ def scored_hidden(gpt: GPT, batch) -> Tensor:
 
 def to_grid(x: Tensor, batch) -> Tensor:
     """A number per scored token (S,) -> (B, K, T), exactly 0 where nothing is scored."""
-    spare = batch.targets.flatten()[batch.scored] < 0
-    grid = x.new_zeros(batch.targets.numel())
-    return grid.index_add(0, batch.scored, x.masked_fill(spare, 0.0)).view(batch.targets.shape)
+    grid = x.new_zeros(batch.targets.numel()).index_add(0, batch.scored, x)
+    return grid.view(batch.targets.shape).masked_fill(batch.targets < 0, 0.0)
 
 
 def token_logps(x: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:

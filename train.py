@@ -287,8 +287,9 @@ def fresh_gpt(s: Settings) -> tuple[GPT, str, float]:
     """(model, encoding's name, temperature)."""
     name = s.encoding or "bytes"
     sizes = {k: getattr(s, k) or default for k, default in SIZES.items()}
+    sizes["vocab_size"] = get_encoding(name).n_vocab  # its error is about the encoding
     with one_sentence("the model's flags do not fit", ValueError):
-        config = GPTConfig(vocab_size=get_encoding(name).n_vocab, **sizes)
+        config = GPTConfig(**sizes)
     gpt = GPT(config, torch.Generator().manual_seed(s.seed), s.init_std)
     return gpt, name, s.temperature or 1.0
 

@@ -186,10 +186,10 @@ def wrap(
             fully_shard(block, mesh=mesh)
         fully_shard(module, mesh=mesh)
     if compile:
-        module = torch.compile(module)
+        module = torch.compile(module, dynamic=True)  # batches are ragged: one graph for all shapes
     if world() > 1 and not fsdp:
         devices = [device] if device.type == "cuda" else None
-        module = DDP(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        module = DDP(module, devices, gradient_as_bucket_view=True)
     return module
 
 

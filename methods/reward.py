@@ -66,7 +66,7 @@ class RewardModel(torch.nn.Module):
         """-> (B, K), exactly 0 where no completion is."""
         rewards = to_grid(self.head(scored_hidden(self.gpt, batch)), batch)
         last = (batch.lengths()[..., None] - 1).clamp(min=0)
-        return rewards.gather(-1, last)[..., 0]
+        return rewards.gather(-1, last).sum(-1)  # of one; a view would make FSDP2 warn
 
 
 def to_rate(groups: Groups) -> Groups:

@@ -1,9 +1,18 @@
-"""Several processes do what one does: the same weights, metrics and files, in DDP and in shards."""
+"""Several processes do what one does: the same weights, metrics and files, in DDP and in shards.
 
+Starting Python and torch takes longer than these runs. So two processes stay, as torchrun would
+have started them, and each run joins and leaves a group of its own; torchrun itself starts two
+runs: one that is told to stop, and one in which a process fails.
+"""
+
+import contextlib
+import io
 import json
+import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +28,7 @@ from infra.checkpoint import load_checkpoint, load_gpt
 from infra.rows import InputError
 from model import GPT
 
+torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 STEPS = 20
 
@@ -55,16 +65,62 @@ def files(tmp_path_factory) -> dict:
     return out
 
 
-def run(argv: list[str], processes: int, script="train.py") -> subprocess.CompletedProcess:
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*start, script, *argv], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+# ------------------------------------------------------------------------------
+# One process, two that stay, and torchrun
+
+
+def serve(rank: int, pipe) -> None:
+    """One of the two: runs every command that comes, and answers (status, what it printed)."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ["MASTER_ADDR"] = "localhost"
+    while True:
+        os.environ["MASTER_PORT"], argv = pipe.recv()
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            status = train.main(argv)
+        pipe.send((status, printed.getvalue()))
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    """To each of the two processes. They are killed in the end, as a failed one may leave the other
+    waiting."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])  # torch is imported once for both
+    ours, theirs = zip(*(context.Pipe() for _ in range(2)), strict=True)
+    started = [context.Process(target=serve, args=(i, pipe)) for i, pipe in enumerate(theirs)]
+    for process, pipe in zip(started, theirs, strict=True):
+        process.start()
+        pipe.close()  # here: when the process ends, reading ends
+    yield ours
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def run_two(pipes, argv: list[str]) -> str:
+    """What both printed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    for pipe in pipes:
+        pipe.send((port, argv))
+    assert all(pipe.poll(120) for pipe in pipes), "a process waits for the other"
+    statuses, printed = zip(*(pipe.recv() for pipe in pipes), strict=True)
+    assert statuses == (0, 0)
+    return "".join(printed)
+
+
+def start_torchrun(argv: list[str]) -> subprocess.Popen:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.Popen(
+        [*start, "train.py", *argv],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 def argv(stage: str, files: dict, out: Path, dtype: str, *more: str) -> list[str]:
@@ -100,11 +156,31 @@ def assert_same_run(a: Path, b: Path, tolerance: float) -> None:
         assert y == pytest.approx(x, rel=1e3 * tolerance, abs=1e3 * tolerance)
 
 
-ONLINE = tuple("--reward tests.test_distributed:reward --K 3 --round_iters 2".split())
+ONLINE = tuple("--reward test_distributed:reward --K 3 --round_iters 2".split())
 
 
 def reward(prompt: str, completion: str) -> float:
     return completion.count("a") - 0.1 * len(completion)
+
+
+@pytest.fixture(scope="module")
+def run_one(files, tmp_path_factory):
+    """The folder of a run in one process, made once for each command."""
+    made = {}
+
+    def run(stage: str, dtype: str, *more: str) -> Path:
+        key = stage, dtype, more
+        if key not in made:
+            out = tmp_path_factory.mktemp("one") / "run"
+            assert train.main(argv(stage, files, out, dtype, *more)) == 0
+            made[key] = out
+        return made[key]
+
+    return run
+
+
+# ------------------------------------------------------------------------------
+# Two processes
 
 
 CASES = [("sft", "float64", ()), ("exo", "float64", ()), ("exo", "float32", ())]
@@ -114,44 +190,27 @@ CASES += [("exo", "float64", (*ONLINE, "--online")), ("ppo", "float64", ONLINE)]
 
 
 @pytest.mark.parametrize(("stage", "dtype", "more"), CASES)
-def test_two_processes_equal_one(stage, dtype, more, files, tmp_path):
+def test_two_processes_equal_one(stage, dtype, more, files, run_one, pipes, tmp_path):
     """20 steps: 1e-10 in float64, 1e-5 in float32 (relative to weights of size 1)."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    plain = [m for m in more if m != "--fsdp"]
-    run(argv(stage, files, one, dtype, *plain), 1)
-    done = run(argv(stage, files, two, dtype, *more), 2)
+    one, two = run_one(stage, dtype, *(m for m in more if m != "--fsdp")), tmp_path / "two"
+    printed = run_two(pipes, argv(stage, files, two, dtype, *more))
     assert_same_run(one, two, {"float64": 1e-10, "float32": 1e-5}[dtype])
-    assert done.stdout.count("rows usable") == 2  # training and held-out rows: one process prints
+    assert printed.count("rows usable") == 2  # training and held-out rows: one process prints
     gpt, _ = load_gpt(two, policy=stage != "reward")  # what it saved is whole
     assert isinstance(gpt, GPT)
 
 
-def test_a_sharded_run_resumes_in_one_process(files, tmp_path):
+def test_a_sharded_run_resumes_in_one_process(files, run_one, tmp_path):
     """The checkpoint knows nothing of processes: begun on two, sharded, stopped, ended on one."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(argv("exo", files, whole, "float64"), 1)
-    command = argv("exo", files, parts, "float64")
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    first = subprocess.Popen(
-        [*start, "train.py", *command, "--fsdp"], cwd=ROOT, stderr=subprocess.DEVNULL
-    )
-    wait_for(lambda: (parts / "ckpt.pt").exists() and len(records(parts)) > 3)
+    out = tmp_path / "parts"
+    first = start_torchrun([*argv("exo", files, out, "float64"), "--fsdp"])
+    wait_for(lambda: (out / "ckpt.pt").exists() and len(records(out)) > 1)
     first.send_signal(signal.SIGTERM)  # torchrun hands it to both; they agree on the step
-    first.wait()
-    assert load_checkpoint(parts)["step"] < STEPS
-    run([*command, "--resume"], 1)
-    assert_same_run(whole, parts, 1e-10)
-
-
-def test_two_processes_sample_what_one_samples(files, tmp_path):
-    """11 prompts do not divide by batches of 2 on 2 processes."""
-    argv = [files["sft"], "--prompts", files["pairs"], "-n", "2", "--max_new_tokens", "6"]
-    argv += ["--batch_size", "2", "--reward", "tests.test_distributed:reward", "--out"]
-    for processes in (1, 2):
-        run([*argv, str(tmp_path / f"{processes}.jsonl")], processes, "sample.py")
-    one, two = ((tmp_path / f"{n}.jsonl").read_text() for n in (1, 2))
-    assert one == two
-    assert one.count("\n") == 11
+    said = first.communicate(timeout=120)[1]
+    assert "Warning" not in said
+    assert 0 < load_checkpoint(out)["step"] < STEPS
+    assert train.main([*argv("exo", files, out, "float64"), "--resume"]) == 0
+    assert_same_run(run_one("exo", "float64"), out, 1e-10)
 
 
 def wait_for(condition) -> None:
@@ -203,16 +262,12 @@ def lonely():
 
 
 def test_the_error_of_one_process_ends_all_with_its_sentence(files, tmp_path):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*start, "train.py", "sft", "--data", files["pairs"], "--out", str(tmp_path / "run")]
-    command += ["--encoding", "tests.test_distributed:lonely", "--max_iters", "2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     began = time.time()
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode != 0
-    assert "train.py: only the second process knows this" in done.stderr
+    argv = ["sft", "--data", files["pairs"], "--out", str(tmp_path / "run"), "--max_iters", "2"]
+    failing = start_torchrun([*argv, "--encoding", "tests.test_distributed:lonely"])
+    said = failing.communicate(timeout=120)[1]
+    assert failing.returncode != 0
+    assert "train.py: only the second process knows this" in said
     assert time.time() - began < 60
 
 
