@@ -34,14 +34,13 @@ from tqdm import tqdm
 import exo
 from data import Builder, decode, get_encoding
 from infra.checkpoint import FILES, export, load_gpt
-from infra.parallel import autocast, pick_device, say, score
+from infra.parallel import Parser, autocast, pick_device, say, score
 from infra.rows import InputError, Report, Row, make_folder, one_sentence, read_files
 from model import Scorer
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("sample.py", description=__doc__, formatter_class=style)
+    parser = Parser("sample.py", __doc__)
     add = parser.add_argument
     add("checkpoint", help="run folder, .pt file or Hugging Face GPT-2 folder")
     add("--which", choices=FILES, default="last", help="of a run folder: last weights, or best")

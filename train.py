@@ -27,7 +27,6 @@ The file in order: settings and the command line; setting up; SFT; Preference, w
 the loop; saving. The other stages are in methods/, many processes and run folders in infra/.
 """
 
-import argparse
 import contextlib
 import copy
 import dataclasses
@@ -203,17 +202,9 @@ class Settings:
         return self.max_iters or math.ceil(self.epochs * n_batches)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes take one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
-
-
 def parse(argv: list[str]) -> Settings:
     """Command line -> Settings; exits with 2 and one sentence if they contradict."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = Parser("train.py", description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser = parallel.Parser("train.py", __doc__)
     parser.add_argument("stage", nargs="?", default="toy", choices=stages())
     for f in dataclasses.fields(Settings)[1:]:
         kind, text = f.metadata["kind"], f.metadata["help"]

@@ -32,7 +32,7 @@ import train
 from data import Builder, Report, epoch_batches, get_encoding, read_groups
 from exo import exo_loss, preference_target, reward_target
 from experiments.peers import BETA, EPS, NEW_TOKENS, RATE, SIZES, Cell
-from infra.parallel import autocast, set_precision
+from infra.parallel import Parser, autocast, set_precision
 from infra.rows import write_json
 from model import GPT, GPTConfig
 
@@ -191,7 +191,7 @@ def measure_cell(c: Cell, args) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = train.Parser("experiments.bench", usage=__doc__, allow_abbrev=False)
+    parser = Parser("experiments.bench", __doc__)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add = parser.add_argument
     for name, choices in {"only": PEERS, "size": SIZES, "dtype": DTYPES}.items():

@@ -7,6 +7,7 @@ What the host must know of the others (weights of means, a signal) goes through 
 waits for it. An error in one process ends all: torchrun stops the others when one is gone.
 """
 
+import argparse
 import contextlib
 import math
 import os
@@ -146,6 +147,17 @@ def processes(device: str | None):
     yield device
     if many:  # not after an error: the others may never come
         dist.destroy_process_group()
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose help begins with the program's own text, and whose mistakes take one line."""
+
+    def __init__(self, program: str, text: str):
+        style = argparse.RawDescriptionHelpFormatter
+        super().__init__(program, description=text, formatter_class=style, allow_abbrev=False)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
 def complain(program: str, error: Exception) -> None:
