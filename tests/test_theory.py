@@ -166,21 +166,25 @@ TEMPERATURES = [(1.0, 1.0), (1.0, 0.6), (0.5, 1.0), (1.5, 0.8)]  # (beta_pi, bet
 KS = [8, 16, 32, 64]
 
 
-@pytest.mark.parametrize(("beta_pi", "beta_r"), TEMPERATURES)
-@pytest.mark.parametrize("loss", [exo.exo_loss, exo.dpo_loss], ids=["exo-rw", "dpo-rw"])
-def test_the_losses_tend_to_the_two_kls_with_an_error_of_order_1_over_K(loss, beta_pi, beta_r):
-    """E[grad exo-rw] -> grad KL(pi^{beta_pi} || pi*_{beta_r}) and E[grad dpo-rw] -> the same two
-    distributions, the other order: as it stands, with no factor of beta_pi, which is inside
-    pi^{beta_pi}. Twice the completions, half the error."""
-
-    def divergence(theta):
-        pair = tempered(log_softmax(theta), beta_pi), optimum(beta_r)
-        return exo.kl(*pair) if loss is exo.exo_loss else exo.kl(*pair[::-1])
-
-    limit = gradient(divergence, THETA)
+def assert_limit(divergence, loss, beta_pi, beta_r):
+    """E[grad loss] tends to the gradient of this divergence: twice the completions, half the error.
+    As it stands, with no factor of beta_pi, which is inside pi^{beta_pi}."""
+    limit = gradient(lambda t: divergence(tempered(log_softmax(t), beta_pi)), THETA)
     errors = [(offline_gradient(THETA, loss, K, beta_pi, beta_r) - limit).norm() for K in KS]
     assert -1.15 < slope(KS, errors) < -0.85
     assert errors[-1] < 0.1 * limit.norm()
+
+
+@pytest.mark.parametrize(("beta_pi", "beta_r"), TEMPERATURES)
+def test_exo_tends_to_reverse_kl_with_an_error_of_order_1_over_K(beta_pi, beta_r):
+    """E[grad exo-rw] -> grad KL(pi^{beta_pi} || pi*_{beta_r})."""
+    assert_limit(lambda log_pi: exo.kl(log_pi, optimum(beta_r)), exo.exo_loss, beta_pi, beta_r)
+
+
+@pytest.mark.parametrize(("beta_pi", "beta_r"), TEMPERATURES)
+def test_dpo_tends_to_forward_kl_with_an_error_of_order_1_over_K(beta_pi, beta_r):
+    """E[grad dpo-rw] -> grad KL(pi*_{beta_r} || pi^{beta_pi}): the other order."""
+    assert_limit(lambda log_pi: exo.kl(optimum(beta_r), log_pi), exo.dpo_loss, beta_pi, beta_r)
 
 
 # ------------------------------------------------------------------------------
@@ -321,7 +325,7 @@ def assert_same_up_to_a_constant(a, b):
 @pytest.mark.parametrize("beta_pi", [1.0, 0.3])
 @pytest.mark.parametrize("eps", [1e-3, 0.119, 0.4])
 @pytest.mark.parametrize("P", [0.05, 0.5, 0.7])
-def test_noisy_labels_give_exo_pref_their_log_odds_and_dpo_pref_their_probability(P, eps, beta_pi):
+def test_noisy_labels_give_exo_pref_the_log_odds_2P_minus_1_times_those_of_eps(P, eps, beta_pi):
     """exo-pref averages the *log-odds* of the label: the mean loss is, up to a constant, the
     reverse KL to a coin of log-odds (2P - 1) log((1 - eps) / eps). dpo-pref averages the
     *probability*: the forward KL to a coin of P (1 - eps) + (1 - P) eps, also at eps = 0."""
@@ -394,7 +398,7 @@ def test_fresh_draws_give_the_reverse_kl_gradient_times_K_minus_1_over_K(K, beta
     torch.testing.assert_close(grad, (K - 1) / K * reverse_kl_gradient(THETA, beta))
 
 
-def test_each_fresh_group_is_reinforce_with_a_baseline():
+def test_each_fresh_group_has_K_minus_1_over_K_of_rloo():
     """In log pi(y_i) the gradient is (l_i - mean l) / K, l_i = log pi(y_i) - log pi*(y_i) the cost:
     the baseline is the group's mean. REINFORCE that compares each draw with the mean of the
     *others* (RLOO) is the same without the factor (K - 1)/K: not on average but group by group."""
