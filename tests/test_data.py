@@ -103,6 +103,7 @@ def test_an_encoding_of_ones_own_is_named_module_and_function(tmp_path):
         ("gpt7", "unknown encoding 'gpt7': choose one of bytes, .*gpt2"),
         ("no_such_module:make", "--encoding no_such_module:make: "),
         ("math:no_such_function", "--encoding math:no_such_function: "),
+        ("math:pi", "--encoding math:pi is no function, but of type float"),
         ("math:", "--encoding math:: "),
         (":make", "--encoding :make: "),
     ],
@@ -156,25 +157,30 @@ def test_rewards_stay_beside_their_completions_and_k_may_differ(tmp_path):
     assert str(report) == "3 of 3 rows usable"
 
 
+ONE, PAIR = {"prompt": "p", "completion": "c"}, {"prompt": "q", "chosen": "x", "rejected": "y"}
 REWARDED = {"prompt": "r", "completions": ["a", "b", "c"], "rewards": [-1, 2, 0]}
 
 
-def test_sft_reads_completions_the_chosen_and_the_best_rewarded(tmp_path):
-    pair = {"prompt": "q", "chosen": "good", "rejected": "bad"}
-    path = save(tmp_path, lines({"prompt": "p", "completion": "c"}, pair, REWARDED))
-    groups, _ = read(path, "sft")
-    assert texts(groups) == [("p", ["c"]), ("q", ["good"]), ("r", ["b"])]
-    assert groups.ended.tolist() == [False, True] * 3
-
-
-def test_prompts_are_read_from_every_row_that_has_one(tmp_path):
-    rows = {"prompt": "p"}, {"prompt": ""}, {"prompt": "q", "completion": "c"}, REWARDED
-    groups, _ = read(save(tmp_path, lines(*rows)), "prompt")
-    assert texts(groups) == [(p, []) for p in ("p", "<|endoftext|>", "q", "r")]
-    assert groups.sizes().tolist() == [1] * 4
+@pytest.mark.parametrize(
+    ("use", "rows", "expected"),
+    [
+        ("sft", [ONE, PAIR, REWARDED], [("p", ["c"]), ("q", ["x"]), ("r", ["b"])]),
+        ("prompt", [ONE, PAIR, REWARDED], [("p", []), ("q", []), ("r", [])]),
+        ("prompt", [{"prompt": "p"}, {"prompt": ""}], [("p", []), ("<|endoftext|>", [])]),
+        # JSON may hold half a surrogate pair, which is no UTF-8: one odd row must not stop a file
+        ("preference", [PAIR | {"chosen": "a\ud83d"}], [("q", ["a\ufffd", "y"])]),
+        ("prompt", [{"prompt": "\ud800"}], [("\ufffd", [])]),
+    ],
+)
+def test_what_each_use_reads_of_each_kind_of_row(use, rows, expected, tmp_path):
+    """To imitate: completions, the chosen, the best rewarded."""
+    groups, report = read(save(tmp_path, lines(*rows)), use)
+    assert texts(groups) == expected
+    assert groups.ended.tolist() == [e for _, ys in expected for e in (False, *[True] * len(ys))]
+    assert report.rows == len(rows)
     batch = collate(groups, np.arange(len(groups)))
-    assert not batch.mask.any()
-    assert not len(batch.scored)
+    assert batch.mask.sum() == sum(len(ys) for _, ys in expected)
+    assert (len(batch.scored) == 0) == (use == "prompt")
 
 
 def test_several_files_are_read_in_order(tmp_path):
@@ -202,13 +208,6 @@ def test_special_tokens_written_in_data_stay_plain_text(tmp_path):
     assert groups.prompt(0) == ids(evil)
     groups, _ = read(save(tmp_path, lines({"text": evil})), "sft")
     assert groups.tokens.tolist() == [EOT, *ids(evil), EOT]
-
-
-def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
-    """JSON may hold "\\ud800", which is no UTF-8: one odd row must not stop a file."""
-    row = '{"prompt": "\\ud800", "chosen": "a\\ud83d", "rejected": "b"}'
-    groups, _ = read(save(tmp_path, row))
-    assert texts(groups) == [("\ufffd", ["a\ufffd", "b"])]
 
 
 def test_completions_that_cutting_makes_equal_are_counted(tmp_path):
@@ -425,12 +424,6 @@ def test_collate_at_sizes_that_are_multiples_already(round_to):
     check_collate([([1] * 9, [([2] * 7, True), ([3] * 8, False)])], [0], round_to)
 
 
-def test_collate_stores_a_shared_prompt_once():
-    batch = collate(pack([(list(range(50)), [([1], True)] * 8)]), np.arange(1))
-    assert batch.prefix.shape == (1, 49)
-    assert batch.idx.shape == (1, 8, 2)
-
-
 def test_collate_leaves_groups_alone_and_a_batch_moves_whole():
     """Numbers take the dtype that is asked for (a device may know no float64), ids keep theirs."""
     groups = pack([([1, 2], [([3], True), ([4, 5], False)])])
@@ -451,8 +444,7 @@ def test_collate_leaves_groups_alone_and_a_batch_moves_whole():
 
 def test_targets_are_the_labels_for_pairs_and_the_rewards_for_the_others(tmp_path):
     """A reward of 0 is a reward; prompts keep 0."""
-    pair = {"prompt": "q", "chosen": "x", "rejected": "y"}
-    groups, _ = read(save(tmp_path, lines(pair, REWARDED, pair)))
+    groups, _ = read(save(tmp_path, lines(PAIR, REWARDED, PAIR)))
     data.set_targets(groups, 2.0, 0.1)
     total = sum(math.exp(r / 2) for r in REWARDED["rewards"])
     label = [0, math.log(0.9), math.log(0.1)]
