@@ -399,7 +399,7 @@ def scored_hidden(gpt: GPT, batch) -> Tensor:
     mask = additive(repeat_rows(mask, B * K)[:, None], compute_dtype(gpt.wte.weight))
     tree = Tree(n_head, [(B, P), (B * K, T)], [None, mask])
     idx = torch.cat([batch.prefix.flatten(), idx])
-    pos = torch.cat([time[:P].repeat(B), pos])
+    pos = torch.cat([time[:P].clamp(max=gpt.config.block_size - 1).repeat(B), pos])
     return gpt.hidden(idx, pos, tree)[B * P :].index_select(0, batch.scored)
 
 

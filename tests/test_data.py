@@ -1,6 +1,6 @@
 """
-From rows to batches: rows become groups, cutting and packing by property, collate against a loop
-over tokens. What files and rows may be is tested in test_rows.py.
+From rows to batches: rows become groups, cutting by property, collate against a loop over tokens.
+What files and rows may be is tested in test_rows.py.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import data
@@ -55,38 +55,21 @@ def read(path, use="preference", block_size=4096):
     return read_groups([path], ENC, block_size, use)
 
 
-def refusal(path, use="preference") -> str:
-    """The one sentence a bad file gets."""
-    with pytest.raises(InputError) as error:
-        read(path, use)
-    message = str(error.value)
-    assert str(path) in message
-    assert "\n" not in message
-    return message
-
-
 # ------------------------------------------------------------------------------
 # Tokenizers
 
 
 @given(st.text())
+@example("a" * 100_000)
+@example("\r\n\x00\u2028\u0085 \t" * 50)
+@example("👩‍👩‍👧é\u0301" * 40)
+@example("<|endoftext|>")
 @often
 def test_byte_encoding_round_trips_any_text_as_its_bytes(text):
     """Guards a pattern that skips characters (a newline, say) or merges that are not bytes."""
     text = text.encode("utf-8", "replace").decode()
     assert ENC.encode_ordinary(text) == ids(text)
-    assert ENC.decode(ENC.encode_ordinary(text)) == text
-
-
-def test_byte_encoding_round_trips_long_and_awkward_texts():
-    for text in (
-        "a" * 100_000,
-        "\r\n\x00\u2028\u0085 \t" * 50,
-        "👩‍👩‍👧é\u0301" * 40,
-        "<|endoftext|>",
-    ):
-        assert ENC.encode_ordinary(text) == ids(text)
-        assert ENC.decode(ids(text)) == text
+    assert ENC.decode(ids(text)) == text
 
 
 def test_byte_encoding_has_257_tokens_and_the_last_is_end_of_text():
@@ -94,60 +77,59 @@ def test_byte_encoding_has_257_tokens_and_the_last_is_end_of_text():
     assert data.get_encoding("bytes").decode([65, EOT]) == "A<|endoftext|>"
 
 
-def test_an_encoding_of_ones_own_is_named_module_and_function(tmp_path, monkeypatch):
+def own_encoding() -> tiktoken.Encoding:
+    return tiktoken.Encoding(
+        "own",
+        pat_str=r"(?s:.+)",
+        mergeable_ranks={bytes([b]): b for b in range(256)} | {b"ab": 256},
+        special_tokens={"<|endoftext|>": 257},
+    )
+
+
+def test_an_encoding_of_ones_own_is_named_module_and_function(tmp_path):
     """Joined as ids, never as text: with the merge "ab", the prompt "xa" and the completion "b"
     stay three tokens."""
-    save(
-        tmp_path,
-        "import tiktoken\n"
-        "def make():\n"
-        "    ranks = {bytes([b]): b for b in range(256)} | {b'ab': 256}\n"
-        "    special = {'<|endoftext|>': 257}\n"
-        "    return tiktoken.Encoding('own', pat_str=r'(?s:.+)', mergeable_ranks=ranks,\n"
-        "                             special_tokens=special)\n",
-        "own_encoding_for_test.py",
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    own = data.get_encoding("own_encoding_for_test:make")
+    own = data.get_encoding(f"{__name__}:own_encoding")
     assert own.encode_ordinary("xab") == [120, 256]
     path = save(tmp_path, lines({"prompt": "xa", "chosen": "b", "rejected": "ab"}))
     groups, _ = read_groups([path], own, 64)
-    assert groups.prompt(0) == [120, 97]
-    assert groups.completions(0) == [[98], [256]]
+    assert (groups.prompt(0), groups.completions(0)) == ([120, 97], [[98], [256]])
     assert groups.eot == 257
 
 
-def test_unknown_encoding_lists_the_known_ones():
-    with pytest.raises(InputError, match=r"unknown encoding 'gpt7': choose one of bytes, .*gpt2"):
-        data.get_encoding("gpt7")
-
-
-@pytest.mark.parametrize("name", ["no_such_module:make", "math:no_such_function", "math:", ":make"])
-def test_an_encoding_function_that_cannot_be_found_is_an_input_error(name):
-    with pytest.raises(InputError, match=f"--encoding {name}: "):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpt7", "unknown encoding 'gpt7': choose one of bytes, .*gpt2"),
+        ("no_such_module:make", "--encoding no_such_module:make: "),
+        ("math:no_such_function", "--encoding math:no_such_function: "),
+        ("math:pi", "--encoding math:pi is no function, but of type float"),
+        ("math:", "--encoding math:: "),
+        (":make", "--encoding :make: "),
+    ],
+)
+def test_an_encoding_that_is_not_there_is_an_input_error(name, message):
+    with pytest.raises(InputError, match=message):
         data.get_encoding(name)
 
 
-def test_a_vocabulary_that_cannot_be_downloaded_names_both_remedies(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionError("page\nafter page"), OSError("no space left"), ValueError("Hash mismatch")],
+)
+def test_a_vocabulary_that_cannot_be_downloaded_names_both_remedies(error, monkeypatch):
     """Offline, tiktoken shows a page of urllib3; a damaged cache shows a hash mismatch."""
-    requests = pytest.importorskip("requests")
-    errors = [
-        requests.exceptions.ConnectionError("page\nafter page"),
-        OSError("no space left"),
-        ValueError("Hash mismatch"),
-    ]
-    for error in errors:
 
-        def fail(name, error=error):
-            raise error
+    def fail(name):
+        raise error
 
-        monkeypatch.setattr(tiktoken, "get_encoding", fail)
-        with pytest.raises(InputError) as caught:
-            data.get_encoding("gpt2")
-        message = str(caught.value)
-        for part in ("'gpt2'", "TIKTOKEN_CACHE_DIR", "--encoding bytes", type(error).__name__):
-            assert part in message
-        assert "\n" not in message
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    with pytest.raises(InputError) as caught:
+        data.get_encoding("gpt2")
+    message = str(caught.value)
+    for part in ("'gpt2'", "TIKTOKEN_CACHE_DIR", "--encoding bytes", type(error).__name__):
+        assert part in message
+    assert "\n" not in message
 
 
 # ------------------------------------------------------------------------------
@@ -156,59 +138,49 @@ def test_a_vocabulary_that_cannot_be_downloaded_names_both_remedies(monkeypatch)
 
 def test_rewards_stay_beside_their_completions_and_k_may_differ(tmp_path):
     """Equal texts may repeat while two differ; ints and exponents are numbers; chosen first."""
-    path = save(
-        tmp_path,
-        lines(
-            {"prompt": "p", "completions": ["a", "b", "a"], "rewards": [1, -2.5, 1e3]},
-            {"prompt": "q", "chosen": "x", "rejected": "y"},
-            {"prompt": "", "completions": ["c", "d"], "rewards": [0, 0.25]},
-        ),
+    rows = (
+        {"prompt": "p", "completions": ["a", "b", "a"], "rewards": [1, -2.5, 1e3]},
+        {"prompt": "q", "chosen": "x", "rejected": "yy"},
+        {"prompt": "", "completions": ["c", "d"], "rewards": [0, 0.25]},
     )
-    groups, report = read(path)
-    assert texts(groups) == [
-        ("p", ["a", "b", "a"]),
-        ("q", ["x", "y"]),
-        ("<|endoftext|>", ["c", "d"]),
-    ]
+    groups, report = read(save(tmp_path, lines(*rows)))
+    expected = [("p", ["a", "b", "a"]), ("q", ["x", "yy"]), ("<|endoftext|>", ["c", "d"])]
+    assert texts(groups) == expected
     assert groups.is_pair().tolist() == [False, True, False]
+    assert groups.is_pair().dtype == bool
     nan = math.nan
-    expected = [nan, 1, -2.5, 1000, nan, nan, nan, nan, 0, 0.25]
-    np.testing.assert_array_equal(groups.rewards, expected)
+    rewards = [nan, 1, -2.5, 1000, nan, nan, nan, nan, 0, 0.25]
+    np.testing.assert_array_equal(groups.rewards, rewards)
     assert groups.ended.tolist() == [False, *[True] * 3, False, True, True, False, True, True]
-    assert groups.sizes().tolist() == [4, 3, 3]
+    assert groups.sizes().tolist() == [1 + 3 * 1, 1 + 2 * 2, 1 + 2 * 1]  # prompts count once
     assert len(groups) == 3
     assert str(report) == "3 of 3 rows usable"
 
 
-def test_sft_reads_completions_the_chosen_and_the_best_rewarded(tmp_path):
-    path = save(
-        tmp_path,
-        lines(
-            {"prompt": "p", "completion": "c"},
-            {"prompt": "q", "chosen": "good", "rejected": "bad"},
-            {"prompt": "r", "completions": ["a", "b", "c"], "rewards": [-1, 2, 0]},
-        ),
-    )
-    groups, _ = read(path, "sft")
-    assert texts(groups) == [("p", ["c"]), ("q", ["good"]), ("r", ["b"])]
-    assert groups.ended.tolist() == [False, True] * 3
+ONE, PAIR = {"prompt": "p", "completion": "c"}, {"prompt": "q", "chosen": "x", "rejected": "y"}
+REWARDED = {"prompt": "r", "completions": ["a", "b", "c"], "rewards": [-1, 2, 0]}
 
 
-def test_prompts_are_read_from_every_row_that_has_one(tmp_path):
-    path = save(
-        tmp_path,
-        lines(
-            {"prompt": "p"},
-            {"prompt": ""},
-            {"prompt": "q", "completion": "c"},
-            {"prompt": "r", "completions": ["a", "b"], "rewards": [0, 1]},
-        ),
-    )
-    groups, _ = read(path, "prompt")
-    assert texts(groups) == [(p, []) for p in ("p", "<|endoftext|>", "q", "r")]
+@pytest.mark.parametrize(
+    ("use", "rows", "expected"),
+    [
+        ("sft", [ONE, PAIR, REWARDED], [("p", ["c"]), ("q", ["x"]), ("r", ["b"])]),
+        ("prompt", [ONE, PAIR, REWARDED], [("p", []), ("q", []), ("r", [])]),
+        ("prompt", [{"prompt": "p"}, {"prompt": ""}], [("p", []), ("<|endoftext|>", [])]),
+        # JSON may hold half a surrogate pair, which is no UTF-8: one odd row must not stop a file
+        ("preference", [PAIR | {"chosen": "a\ud83d"}], [("q", ["a\ufffd", "y"])]),
+        ("prompt", [{"prompt": "\ud800"}], [("\ufffd", [])]),
+    ],
+)
+def test_what_each_use_reads_of_each_kind_of_row(use, rows, expected, tmp_path):
+    """To imitate: completions, the chosen, the best rewarded."""
+    groups, report = read(save(tmp_path, lines(*rows)), use)
+    assert texts(groups) == expected
+    assert groups.ended.tolist() == [e for _, ys in expected for e in (False, *[True] * len(ys))]
+    assert report.rows == len(rows)
     batch = collate(groups, np.arange(len(groups)))
-    assert not batch.mask.any()
-    assert not batch.scored.any()
+    assert batch.mask.sum() == sum(len(ys) for _, ys in expected)
+    assert (len(batch.scored) == 0) == (use == "prompt")
 
 
 def test_several_files_are_read_in_order(tmp_path):
@@ -217,14 +189,6 @@ def test_several_files_are_read_in_order(tmp_path):
     groups, report = read_groups([b, str(a)], ENC, 64, "sft")
     assert texts(groups) == [("2", ["y"]), ("1", ["x"])]
     assert report.rows == 2
-
-
-def test_more_rows_than_one_batch_of_the_arrays_keep_their_order(tmp_path):
-    """Whatever their number, they are joined in order."""
-    n = 5000
-    rows = ({"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(n))
-    groups, _ = read(save(tmp_path, lines(*rows)))
-    assert texts(groups) == [(f"p{i}", [f"c{i}", f"r{i}"]) for i in range(n)]
 
 
 def test_a_txt_file_is_one_text_and_end_of_text_follows_it(tmp_path):
@@ -246,13 +210,6 @@ def test_special_tokens_written_in_data_stay_plain_text(tmp_path):
     assert groups.tokens.tolist() == [EOT, *ids(evil), EOT]
 
 
-def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
-    """JSON may hold "\\ud800", which is no UTF-8: one odd row must not stop a file."""
-    row = '{"prompt": "\\ud800", "chosen": "a\\ud83d", "rejected": "b"}'
-    groups, _ = read(save(tmp_path, row))
-    assert texts(groups) == [("\ufffd", ["a\ufffd", "b"])]
-
-
 def test_completions_that_cutting_makes_equal_are_counted(tmp_path):
     row = {"prompt": "p", "chosen": "x" * 40 + "1", "rejected": "x" * 40 + "2"}
     path = save(tmp_path, lines({"prompt": "p", "chosen": "a", "rejected": "b"}, row))
@@ -262,28 +219,24 @@ def test_completions_that_cutting_makes_equal_are_counted(tmp_path):
     assert (report.cut_prompts, report.cut_completions) == (0, 0)
 
 
+SAME = lines({"prompt": "p", "chosen": "a", "rejected": "a"})
+EMPTY = lines({"prompt": "p", "completion": ""})
+
+
 @pytest.mark.parametrize(
     ("name", "content", "use", "why"),
     [
-        (
-            "a.jsonl",
-            lines({"prompt": "p", "chosen": "a", "rejected": "a"}),
-            "preference",
-            "0 of 1 rows usable; not: 1 fewer than two distinct completions",
-        ),
-        ("a.txt", "", "sft", "0 of 1 rows usable; not: 1 an empty completion"),
-        ("a.txt", " \n", "sft", "0 of 1 rows usable; not: 1 an empty completion"),
-        (
-            "a.jsonl",
-            lines({"prompt": "p", "completion": ""}),
-            "sft",
-            "0 of 1 rows usable; not: 1 an empty completion",
-        ),
+        ("a.jsonl", SAME, "preference", "fewer than two distinct completions"),
+        ("a.txt", "", "sft", "an empty completion"),
+        ("a.txt", " \n", "sft", "an empty completion"),
+        ("a.jsonl", EMPTY, "sft", "an empty completion"),
     ],
 )
 def test_nothing_usable_is_an_error_with_the_reasons(name, content, use, why, tmp_path):
     path = save(tmp_path, content, name)
-    assert refusal(path, use) == f"{path}: nothing usable ({why})"
+    with pytest.raises(InputError) as error:
+        read(path, use)
+    assert str(error.value) == f"{path}: nothing usable (0 of 1 rows usable; not: 1 {why})"
 
 
 # ------------------------------------------------------------------------------
@@ -353,15 +306,6 @@ def test_cutting_at_the_exact_boundaries_of_block_size_8(
     assert report.cut_completions == ended.count(0)
 
 
-def test_the_report_counts_what_was_cut(tmp_path):
-    row = {"prompt": "abcdefghij", "chosen": "uvwxyz", "rejected": "vwxyz1"}
-    _, report = read(save(tmp_path, lines(row, row)), block_size=8)
-    assert str(report) == (
-        "2 of 2 rows usable; cut to block_size: 2 prompts from the left, "
-        "4 completions from the right"
-    )
-
-
 @pytest.mark.parametrize("use", ["preference", "sft"])
 def test_block_size_1_leaves_no_room_for_prompt_and_completion(use, tmp_path):
     """A prompt of one token and a completion of one are two: at block_size 1 a slice of [-0:] would
@@ -402,76 +346,57 @@ def test_running_text_predicts_each_token_once_after_its_true_predecessor(tmp_pa
 
 
 def pack(raw: list) -> data.Groups:
-    """[(prompt, [(completion, ended), ...]), ...] -> Groups, by a plain loop."""
-    tokens, offsets, first, ended = [], [0], [0], []
+    """[(prompt, [(completion, ended), ...]), ...] -> Groups."""
+    builder = Builder(10**6, EOT, Report())
     for prompt, completions in raw:
-        for text, end in [(prompt, False), *completions]:
-            tokens += text
-            offsets.append(len(tokens))
-            ended.append(end)
-        first.append(len(ended))
-    rewards = np.full(len(ended), np.nan)
-    arrays = np.array(tokens, np.int32), np.array(offsets), np.array(first), np.array(ended)
-    return data.Groups(*arrays, rewards, EOT)
+        builder.put(prompt, [text for text, _ in completions], [end for _, end in completions])
+    return builder.groups()
 
 
 def check_collate(raw: list, chosen: list[int], round_to: int) -> None:
     """Twin of collate: one token at a time, into nested lists."""
-    batch = collate(pack(raw), np.array(chosen), round_to)
+    groups = pack(raw)
+    number = np.arange(len(groups.ended))
+    groups.log_target, groups.ref_logps = number + 0.5, number + 0.25
+    batch = collate(groups, np.array(chosen), round_to)
 
     def rounded(n):
         return math.ceil(n / round_to) * round_to
 
     picked = [raw[g] for g in chosen]
-    B, K = len(picked), max(1, *(len(c) for _, c in picked))
+    K = max(1, *(len(c) for _, c in picked))
     P = rounded(max(len(p) - 1 for p, _ in picked))
-    T = rounded(1 + max([len(c) + e for _, cs in picked for c, e in cs], default=0))
-    idx, pos, targets, cell_of, scored = [], [], [], [], set()
-    for b, (prompt, _) in enumerate(picked):
-        for t, token in enumerate(prompt[:-1]):
-            idx.append(token)
-            pos.append(t)
-            cell_of.append(b * P + t)
-    n_prefix = len(idx)
-    for b, (prompt, completions) in enumerate(picked):
-        for k, (text, ended) in enumerate(completions):
-            after = text + [EOT] * ended
-            for t, (token, target) in enumerate(zip([prompt[-1], *text], after, strict=False)):
-                idx.append(token)
-                pos.append(len(prompt) - 1 + t)
-                targets.append(target)
-                cell_of.append(B * P + (b * K + k) * T + t)
-                scored.add((b, k, t))
-    n, L = len(idx), rounded(len(idx) + 1)
-
-    assert (batch.prefix_cells.shape, batch.cells.shape) == ((B, P), (B, K, T))
-    assert batch.idx.shape == batch.pos.shape == batch.home.shape == (L,)
-    assert batch.targets.shape == (L - n_prefix,)
-    assert batch.idx[:n].tolist() == idx
-    assert batch.pos[:n].tolist() == pos
-    assert batch.targets[: n - n_prefix].tolist() == targets
-    assert batch.prefix_len.tolist() == [len(p) - 1 for p, _ in picked]
-    assert {tuple(i) for i in batch.scored.nonzero().tolist()} == scored
-    assert batch.mask.tolist() == [[k < len(c) for k in range(K)] for _, c in picked]
-
-    # the contract of padding: cells and home undo each other, pads show the spare token, spare
-    # tokens live in the last cell, and the last cell is padding
-    everything = B * P + B * K * T
-    cells = torch.cat([batch.prefix_cells.flatten(), batch.cells.flatten()]).tolist()
-    expected = [L - 1] * everything
-    for i, cell in enumerate(cell_of):
-        expected[cell] = i
-    assert cells == expected
-    assert batch.home[:n].tolist() == cell_of
-    assert batch.home[n:].tolist() == [everything - 1] * (L - n)
-    assert everything - 1 not in cell_of
-    spare = torch.cat([batch.idx[n:], batch.targets[n - n_prefix :], batch.pos[n:]])
-    assert ((spare >= 0) & (spare <= EOT)).all()
-    assert not batch.pos[n:].any()  # a position that exists in every model
-
+    T = rounded(max(1, *(len(c) + e for _, cs in picked for c, e in [*cs, ([], False)])))
     starts = np.cumsum([0] + [1 + len(c) for _, c in raw])
-    rows = [[int(starts[g]) + 1 + k if k < len(raw[g][1]) else 0 for k in range(K)] for g in chosen]
-    assert batch.segment.tolist() == rows
+    prefix, idx, targets, segment, lengths = [], [], [], [], []
+    for g, (prompt, completions) in zip(chosen, picked, strict=True):
+        prefix += prompt[:-1] + [0] * (P - len(prompt) + 1)
+        for k in range(K):
+            text, ended = completions[k] if k < len(completions) else ([], False)
+            predicted = text + [EOT] * ended
+            read = [prompt[-1], *text]
+            idx += (read + [0] * T)[:T]
+            targets += predicted + [-1] * (T - len(predicted))
+            lengths.append(len(predicted))
+            segment.append(int(starts[g]) + 1 + k if k < len(completions) else 0)
+    scored = [i for i, target in enumerate(targets) if target >= 0]
+    spare = batch.scored[len(scored) :].tolist()
+
+    assert (batch.prefix.shape, batch.mask.shape) == ((len(picked), P), (len(picked), K))
+    assert batch.idx.shape == batch.targets.shape == (len(picked), K, T)
+    assert batch.prefix.flatten().tolist() == prefix
+    assert batch.prefix_len.tolist() == [len(p) - 1 for p, _ in picked]
+    assert batch.idx.flatten().tolist() == idx
+    assert batch.targets.flatten().tolist() == targets
+    assert batch.scored[: len(scored)].tolist() == scored
+    assert len(batch.scored) == rounded(len(scored))
+    assert all(targets[i] == -1 for i in spare)  # what it says of them is nobody's log-prob
+    assert batch.mask.flatten().tolist() == [s > 0 for s in segment]
+    assert batch.segment.flatten().tolist() == segment
+    assert batch.log_target.flatten().tolist() == [s + 0.5 if s else 0 for s in segment]
+    assert batch.ref_logps.flatten().tolist() == [s + 0.25 if s else 0 for s in segment]
+    assert batch.lengths().flatten().tolist() == lengths
+    assert batch.n_tokens() == sum(len(p) - 1 for p, _ in picked) + len(scored)
     kinds = (torch.int64, torch.bool, torch.float64)
     assert all(x.dtype in kinds and x.is_contiguous() for x in batch)
 
@@ -491,35 +416,40 @@ def test_collate_equals_a_loop_over_tokens(draw, raw, round_to):
 
 @pytest.mark.parametrize("round_to", [1, 8])
 def test_collate_at_sizes_that_are_multiples_already(round_to):
-    """A longest completion of exactly 8 - 1 scored tokens leaves just the one padded cell that the
-    contract needs; 8 need another 8 cells."""
+    """A longest completion of exactly 8 scored tokens needs no ninth place, and a batch whose every
+    place is scored no spare one."""
     for length in (6, 7, 8):
         raw = [([1] * 9, [([2] * length, True), ([3], False)]), ([4], [([5] * length, False)])]
         check_collate(raw, [1, 0], round_to)
-
-
-def test_collate_stores_a_shared_prompt_once():
-    raw = [(list(range(50)), [([1], True)] * 8)]
-    batch = collate(pack(raw), np.arange(1))
-    assert len(batch.idx) == 49 + 8 * 2 + 1
+    check_collate([([1] * 9, [([2] * 7, True), ([3] * 8, False)])], [0], round_to)
 
 
 def test_collate_leaves_groups_alone_and_a_batch_moves_whole():
+    """Numbers take the dtype that is asked for (a device may know no float64), ids keep theirs."""
     groups = pack([([1, 2], [([3], True), ([4, 5], False)])])
-    before = [np.copy(a) for a in (groups.tokens, groups.offsets, groups.first, groups.ended)]
+    arrays = groups.tokens, groups.offsets, groups.first, groups.ended
+    before = [np.copy(a) for a in arrays]
     batch = collate(groups, np.arange(1), 8)
     for x in batch:
         x.zero_()
-    after = (groups.tokens, groups.offsets, groups.first, groups.ended)
-    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-    assert {x.device.type for x in batch.to("meta")} == {"meta"}
+    assert all(np.array_equal(a, b) for a, b in zip(before, arrays, strict=True))
+    for moved, number in (
+        (batch.to("meta"), torch.float64),
+        (batch.to("meta", torch.half), torch.half),
+    ):
+        assert {x.device.type for x in moved} == {"meta"}
+        assert moved.log_target.dtype == moved.ref_logps.dtype == number
+        assert [x.dtype for x in moved[:-2]] == [x.dtype for x in batch[:-2]]
 
 
-@given(st.lists(st.integers(0, 4), max_size=8))
-@often
-def test_ragged_arange_counts_up_in_every_run(lengths):
-    expected = [i for n in lengths for i in range(n)]
-    assert data.ragged_arange(np.array(lengths, np.int64)).tolist() == expected
+def test_targets_are_the_labels_for_pairs_and_the_rewards_for_the_others(tmp_path):
+    """A reward of 0 is a reward; prompts keep 0."""
+    groups, _ = read(save(tmp_path, lines(PAIR, REWARDED, PAIR)))
+    data.set_targets(groups, 2.0, 0.1)
+    total = sum(math.exp(r / 2) for r in REWARDED["rewards"])
+    label = [0, math.log(0.9), math.log(0.1)]
+    expected = [*label, 0, *(r / 2 - math.log(total) for r in REWARDED["rewards"]), *label]
+    np.testing.assert_allclose(groups.log_target, expected, rtol=1e-12)
 
 
 def of_sizes(sizes) -> data.Groups:
@@ -566,16 +496,13 @@ def test_batches_hold_groups_of_similar_size_and_come_in_no_order_of_size():
     assert 0.3 < np.mean(np.diff(means) > 0) < 0.7
 
 
-def test_sizes_and_is_pair_of_a_mixed_file(tmp_path):
-    """Prompt tokens are counted once; a reward of 0 is a reward."""
-    path = save(
-        tmp_path,
-        lines(
-            {"prompt": "abc", "completions": ["x", "yy", "zzz"], "rewards": [0, 0, 0]},
-            {"prompt": "", "chosen": "ab", "rejected": "c"},
-        ),
-    )
-    groups, _ = read(path)
-    assert groups.sizes().tolist() == [9, 4]
-    assert groups.is_pair().tolist() == [False, True]
-    assert groups.is_pair().dtype == bool
+def test_batches_are_asked_for_by_number_in_any_order():
+    """As a resumed run does; an epoch's last batch may be short."""
+    groups = of_sizes(np.random.default_rng(0).integers(2, 50, 10))
+    flat = [b.tolist() for epoch in range(3) for b in epoch_batches(groups, 4, 7, epoch)]
+    epochs = data.Epochs(groups, 4, 7)
+    assert epochs.n_batches == 3
+    for i in (7, 0, 8, 3, 2):
+        assert epochs.batch(i).tolist() == flat[i]
+    for n, held in ((2, flat[:2]), (99, flat[:3])):
+        assert [b.tolist() for b in epochs.first(n)] == held

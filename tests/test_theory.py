@@ -82,12 +82,24 @@ def offline_gradient(theta, loss, K, beta_pi, beta_r):
     return expected_gradient(theta, loss, ids, weights, beta_pi, LOG_SFT, target).detach()
 
 
-def on_policy_gradient(theta, rho, K, beta_pi, beta_r):
-    """E[grad] of exo_loss with y_1..y_K ~ rho."""
-    ids, weights = multisets(rho, K)
+def on_policy_args(ids, rho, beta_pi, beta_r):
+    """(reference, target) of on-policy EXO for these groups."""
     ref = exo.on_policy_ref(LOG_SFT, rho, beta_pi)
-    target = exo.on_policy_target(REWARD[ids], LOG_SFT[ids], rho[ids], beta_r)
-    return expected_gradient(theta, exo.exo_loss, ids, weights, beta_pi, ref, target).detach()
+    return ref, exo.on_policy_target(REWARD[ids], LOG_SFT[ids], rho[ids], beta_r)
+
+
+def on_policy_gradient(theta, rho, K, beta_pi, beta_r, loss=exo.exo_loss):
+    """E[grad loss] with y_1..y_K ~ rho."""
+    ids, weights = multisets(rho, K)
+    args = on_policy_args(ids, rho, beta_pi, beta_r)
+    return expected_gradient(theta, loss, ids, weights, beta_pi, *args).detach()
+
+
+def on_policy_rows(theta, ids, rho, beta_pi, beta_r, loss=exo.exo_loss):
+    """The gradient of each group's own loss in its log-probs (M, K), drawn from rho."""
+    args = on_policy_args(ids, rho, beta_pi, beta_r)
+    theta = theta.detach().clone().requires_grad_()
+    return row_gradients(loss, theta, ids, beta_pi, *args)[0].detach()
 
 
 def descend(grad, theta, steps=400, lr=0.1):
@@ -154,45 +166,25 @@ TEMPERATURES = [(1.0, 1.0), (1.0, 0.6), (0.5, 1.0), (1.5, 0.8)]  # (beta_pi, bet
 KS = [8, 16, 32, 64]
 
 
-@pytest.mark.parametrize(("beta_pi", "beta_r"), TEMPERATURES)
-def test_exo_tends_to_reverse_kl_with_an_error_of_order_1_over_K(beta_pi, beta_r):
-    """E[grad exo-rw] -> grad KL(pi^{beta_pi} || pi*_{beta_r}): as it stands, with no factor of
-    beta_pi, which is inside pi^{beta_pi}. Twice the completions, half the error."""
-    limit = gradient(
-        lambda t: exo.kl(tempered(log_softmax(t), beta_pi), optimum(beta_r)),
-        THETA,
-    )
-    grads = [offline_gradient(THETA, exo.exo_loss, K, beta_pi, beta_r) for K in KS]
-    errors = [(grad - limit).norm() for grad in grads]
+def assert_limit(divergence, loss, beta_pi, beta_r):
+    """E[grad loss] tends to the gradient of this divergence: twice the completions, half the error.
+    As it stands, with no factor of beta_pi, which is inside pi^{beta_pi}."""
+    limit = gradient(lambda t: divergence(tempered(log_softmax(t), beta_pi)), THETA)
+    errors = [(offline_gradient(THETA, loss, K, beta_pi, beta_r) - limit).norm() for K in KS]
     assert -1.15 < slope(KS, errors) < -0.85
     assert errors[-1] < 0.1 * limit.norm()
+
+
+@pytest.mark.parametrize(("beta_pi", "beta_r"), TEMPERATURES)
+def test_exo_tends_to_reverse_kl_with_an_error_of_order_1_over_K(beta_pi, beta_r):
+    """E[grad exo-rw] -> grad KL(pi^{beta_pi} || pi*_{beta_r})."""
+    assert_limit(lambda log_pi: exo.kl(log_pi, optimum(beta_r)), exo.exo_loss, beta_pi, beta_r)
 
 
 @pytest.mark.parametrize(("beta_pi", "beta_r"), TEMPERATURES)
 def test_dpo_tends_to_forward_kl_with_an_error_of_order_1_over_K(beta_pi, beta_r):
-    """E[grad dpo-rw] -> grad KL(pi*_{beta_r} || pi^{beta_pi}): the same two distributions, the
-    other order."""
-    limit = gradient(
-        lambda t: exo.kl(optimum(beta_r), tempered(log_softmax(t), beta_pi)),
-        THETA,
-    )
-    grads = [offline_gradient(THETA, exo.dpo_loss, K, beta_pi, beta_r) for K in KS]
-    errors = [(grad - limit).norm() for grad in grads]
-    assert -1.15 < slope(KS, errors) < -0.85
-    assert errors[-1] < 0.1 * limit.norm()
-
-
-def test_at_beta_pi_1_the_limit_of_exo_is_the_alignment_objective():
-    """pi^1 is pi: E[grad exo-rw] -> -grad J / beta_r, so EXO needs no reinforcement learning."""
-    beta = 0.7
-
-    def objective(theta):
-        log_pi = log_softmax(theta)
-        return (log_pi.exp() * (REWARD - beta * (log_pi - LOG_SFT))).sum()
-
-    limit = -gradient(objective, THETA) / beta
-    errors = [(offline_gradient(THETA, exo.exo_loss, K, 1.0, beta) - limit).norm() for K in KS]
-    assert -1.15 < slope(KS, errors) < -0.85
+    """E[grad dpo-rw] -> grad KL(pi*_{beta_r} || pi^{beta_pi}): the other order."""
+    assert_limit(lambda log_pi: exo.kl(optimum(beta_r), log_pi), exo.dpo_loss, beta_pi, beta_r)
 
 
 # ------------------------------------------------------------------------------
@@ -324,37 +316,31 @@ def coin(log_odds):
 MARGINS = torch.linspace(-6, 6, 13, dtype=torch.float64)
 
 
+def assert_same_up_to_a_constant(a, b):
+    """Two functions of the margin, in value; their gradients are then the same."""
+    rest = torch.stack([a(m) - b(m) for m in MARGINS])
+    torch.testing.assert_close(rest, rest[:1].expand_as(rest), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("beta_pi", [1.0, 0.3])
 @pytest.mark.parametrize("eps", [1e-3, 0.119, 0.4])
 @pytest.mark.parametrize("P", [0.05, 0.5, 0.7])
 def test_noisy_labels_give_exo_pref_the_log_odds_2P_minus_1_times_those_of_eps(P, eps, beta_pi):
     """exo-pref averages the *log-odds* of the label: the mean loss is, up to a constant, the
-    reverse KL to a coin of log-odds (2P - 1) log((1 - eps) / eps)."""
-    target = coin(torch.tensor((2 * P - 1) * math.log((1 - eps) / eps), dtype=torch.float64))
-    rest = torch.stack(
-        [
-            average_loss(exo.exo_loss, m, P, eps, beta_pi) - exo.kl(coin(beta_pi * m), target)
-            for m in MARGINS
-        ]
+    reverse KL to a coin of log-odds (2P - 1) log((1 - eps) / eps). dpo-pref averages the
+    *probability*: the forward KL to a coin of P (1 - eps) + (1 - P) eps, also at eps = 0."""
+    odds = coin(torch.tensor((2 * P - 1) * math.log((1 - eps) / eps), dtype=torch.float64))
+    assert_same_up_to_a_constant(
+        lambda m: average_loss(exo.exo_loss, m, P, eps, beta_pi),
+        lambda m: exo.kl(coin(beta_pi * m), odds),
     )
-    torch.testing.assert_close(rest, rest[:1].expand_as(rest), rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("beta_pi", [1.0, 0.3])
-@pytest.mark.parametrize("eps", [0.0, 1e-3, 0.4])
-@pytest.mark.parametrize("P", [0.05, 0.5, 0.7])
-def test_noisy_labels_give_dpo_pref_the_average_probability(P, eps, beta_pi):
-    """dpo-pref averages the *probability* of the label: the mean loss is, up to a constant, the
-    forward KL to a coin of probability P (1 - eps) + (1 - P) eps."""
-    p = P * (1 - eps) + (1 - P) * eps
-    target = torch.tensor([p, 1 - p], dtype=torch.float64).log()
-    rest = torch.stack(
-        [
-            average_loss(exo.dpo_loss, m, P, eps, beta_pi) - exo.kl(target, coin(beta_pi * m))
-            for m in MARGINS
-        ]
-    )
-    torch.testing.assert_close(rest, rest[:1].expand_as(rest), rtol=0, atol=1e-10)
+    for e in (0.0, eps):
+        p = P * (1 - e) + (1 - P) * e
+        label = torch.tensor([p, 1 - p], dtype=torch.float64).log()
+        assert_same_up_to_a_constant(
+            lambda m, e=e: average_loss(exo.dpo_loss, m, P, e, beta_pi),
+            lambda m, label=label: exo.kl(label, coin(beta_pi * m)),
+        )
 
 
 def best_margin(loss, P, eps):
@@ -412,52 +398,33 @@ def test_fresh_draws_give_the_reverse_kl_gradient_times_K_minus_1_over_K(K, beta
     torch.testing.assert_close(grad, (K - 1) / K * reverse_kl_gradient(THETA, beta))
 
 
-def test_each_fresh_group_is_reinforce_with_the_groups_mean_as_baseline():
-    """In log pi(y_i) the gradient is (l_i - mean l) / K, l_i = log pi(y_i) - log pi*(y_i) the
-    cost."""
-    log_pi, ids = log_softmax(THETA), multisets(LOG_SFT, 4)[0]
-    ref = exo.on_policy_ref(LOG_SFT, log_pi, 1.0)
-    target = exo.on_policy_target(REWARD[ids], LOG_SFT[ids], log_pi[ids], 0.5)
-    theta = THETA.clone().requires_grad_()
-    rows, _ = row_gradients(exo.exo_loss, theta, ids, 1.0, ref, target)
-    cost = (log_pi - optimum(0.5))[ids]
-    torch.testing.assert_close(rows.detach(), (cost - cost.mean(-1, keepdim=True)) / 4)
-
-
 def test_each_fresh_group_has_K_minus_1_over_K_of_rloo():
-    """REINFORCE that compares each draw with the mean of the *others* is on-policy EXO without its
-    factor: not on average but group by group."""
-    K, log_pi = 4, log_softmax(THETA)
+    """In log pi(y_i) the gradient is (l_i - mean l) / K, l_i = log pi(y_i) - log pi*(y_i) the cost:
+    the baseline is the group's mean. REINFORCE that compares each draw with the mean of the
+    *others* (RLOO) is the same without the factor (K - 1)/K: not on average but group by group."""
+    K, beta, log_pi = 4, 0.5, log_softmax(THETA)
     ids = multisets(LOG_SFT, K)[0]
-    ref = exo.on_policy_ref(LOG_SFT, log_pi, 1.0)
-    target = exo.on_policy_target(REWARD[ids], LOG_SFT[ids], log_pi[ids], 0.5)
-    rows, _ = row_gradients(exo.exo_loss, THETA.clone().requires_grad_(), ids, 1.0, ref, target)
-    gain = (REWARD / 0.5 + LOG_SFT - log_pi)[ids]  # (r - beta log pi / sft) / beta
+    rows = on_policy_rows(THETA, ids, log_pi, 1.0, beta)
+    cost = (log_pi - optimum(beta))[ids]
+    torch.testing.assert_close(rows, (cost - cost.mean(-1, keepdim=True)) / K)
+    gain = (REWARD / beta + LOG_SFT - log_pi)[ids]  # (r - beta log pi / sft) / beta
     others = (gain.sum(-1, keepdim=True) - gain) / (K - 1)
-    torch.testing.assert_close(rows.detach(), (K - 1) / K * -(gain - others) / K)
+    torch.testing.assert_close(rows, (K - 1) / K * -(gain - others) / K)
 
 
 def test_at_K_2_fresh_dpo_is_exo_times_a_factor_of_the_gain_and_at_large_K_it_is_not():
     """With fresh draws q is uniform. Of two, DPO pulls by tanh(D / 2) / 2 where EXO pulls by D / 4:
     D is their difference in gain, so the same way, less for large D. That is why DPO seeks modes
     there, too. Of many draws its mean gradient is the forward KL's, another direction."""
-    log_pi, beta = log_softmax(THETA), 0.5
+    log_pi, beta, ids = log_softmax(THETA), 0.5, torch.tensor([[0, 1], [1, 2], [2, 0]])
     gain = REWARD / beta + LOG_SFT - log_pi
-    ids = torch.tensor([[0, 1], [1, 2], [2, 0]])
-    target = exo.on_policy_target(REWARD[ids], LOG_SFT[ids], log_pi[ids], beta)
-    ref = exo.on_policy_ref(LOG_SFT, log_pi, 1.0)
-    pulls = [
-        row_gradients(loss, THETA.clone().requires_grad_(), ids, 1.0, ref, target)[0].detach()
-        for loss in (exo.exo_loss, exo.dpo_loss)
-    ]
     D = (gain[ids[:, 0]] - gain[ids[:, 1]])[:, None]
-    torch.testing.assert_close(pulls[0], D / 4 * torch.tensor([[-1.0, 1.0]]))
-    torch.testing.assert_close(pulls[1], pulls[0] * (D / 2).tanh() / (D / 2))
+    by_exo = on_policy_rows(THETA, ids, log_pi, 1.0, beta)
+    by_dpo = on_policy_rows(THETA, ids, log_pi, 1.0, beta, exo.dpo_loss)
+    torch.testing.assert_close(by_exo, D / 4 * torch.tensor([[-1.0, 1.0]]))
+    torch.testing.assert_close(by_dpo, by_exo * (D / 2).tanh() / (D / 2))
 
-    ids, weights = multisets(log_pi, 64)
-    target = exo.on_policy_target(REWARD[ids], LOG_SFT[ids], log_pi[ids], beta)
-    theta = THETA.clone().requires_grad_()
-    grad = expected_gradient(theta, exo.dpo_loss, ids, weights, 1.0, ref, target).detach()
+    grad = on_policy_gradient(THETA, log_pi, 64, 1.0, beta, exo.dpo_loss)
     forward = gradient(lambda t: exo.kl(optimum(beta), log_softmax(t)), THETA)
     reverse = reverse_kl_gradient(THETA, beta)
     cosine = torch.nn.CosineSimilarity(dim=0)
@@ -479,15 +446,19 @@ def test_two_completions_are_pulled_the_same_way_by_both_losses(eps):
     assert (pulls[0] - pulls[1]).abs().max() > 0.1
 
 
-def test_the_factor_is_exact_only_at_beta_pi_1():
-    """With beta_pi != 1 fresh draws need importance weights (pi / sft)^(beta_pi - 1): the bias is
-    back, it falls like 1/K, and the limit is grad KL(pi^{beta_pi} || pi*_{beta_r})."""
-    beta_pi, beta_r = 0.5, 0.8
+@pytest.mark.parametrize(
+    ("beta_pi", "beta_r", "stale"), [(0.5, 0.8, [0.0, 0.0, 0.0]), (1.0, 0.5, [0.5, 0.0, -0.4])]
+)
+def test_the_factor_is_exact_only_for_fresh_draws_at_beta_pi_1(beta_pi, beta_r, stale):
+    """With beta_pi != 1 fresh draws need importance weights (pi / sft)^(beta_pi - 1), and draws
+    from an older policy are reweighted within the group, too: a ratio of averages is biased. Beyond
+    the (K - 1)/K the limit is grad KL(pi^{beta_pi} || pi*_{beta_r}), with an error of order 1/K."""
+    rho = log_softmax(THETA + torch.tensor(stale, dtype=torch.float64))
     limit = gradient(
         lambda t: exo.kl(tempered(log_softmax(t), beta_pi), optimum(beta_r)),
         THETA,
     )
-    grads = [on_policy_gradient(THETA, log_softmax(THETA), K, beta_pi, beta_r) for K in KS]
+    grads = [on_policy_gradient(THETA, rho, K, beta_pi, beta_r) for K in KS]
     errors = [(K / (K - 1) * grad - limit).norm() for K, grad in zip(KS, grads, strict=True)]
     assert -1.15 < slope(KS, errors) < -0.85
     assert errors[0] > 1e-3 * limit.norm()
@@ -497,25 +468,19 @@ def test_the_factor_is_exact_only_at_beta_pi_1():
 def test_at_the_optimum_every_single_on_policy_group_has_gradient_0(beta_pi, beta_r):
     """Not the mean alone: each group is silent at pi* = sft exp(r / (beta_r beta_pi)), however
     stale the snapshot, so the noise dies out as the policy arrives."""
-    log_star = optimum(beta_r * beta_pi).requires_grad_()
-    for rho in (log_star.detach(), log_softmax(THETA)):
+    log_star = optimum(beta_r * beta_pi)
+    for rho in (log_star, log_softmax(THETA)):
         ids, _ = multisets(rho, 3)
-        ref = exo.on_policy_ref(LOG_SFT, rho, beta_pi)
-        target = exo.on_policy_target(REWARD[ids], LOG_SFT[ids], rho[ids], beta_r)
-        rows, _ = row_gradients(exo.exo_loss, log_star, ids, beta_pi, ref, target)
-        assert rows.abs().max() < 1e-12
+        assert on_policy_rows(log_star, ids, rho, beta_pi, beta_r).abs().max() < 1e-12
 
 
 def on_policy_variance(theta, K=2, beta=0.5):
     """Trace of the covariance of the gradient of one fresh group."""
     rho = log_softmax(theta)
     ids, weights = multisets(rho, K)
-    ref = exo.on_policy_ref(LOG_SFT, rho, 1.0)
-    target = exo.on_policy_target(REWARD[ids], LOG_SFT[ids], rho[ids], beta)
-    theta = theta.clone().requires_grad_()
-    rows, _ = row_gradients(exo.exo_loss, theta, ids, 1.0, ref, target)
+    rows = on_policy_rows(theta, ids, rho, 1.0, beta)
     scores = torch.eye(3, dtype=torch.float64) - rho.exp()  # d log pi(y) / d theta, by row
-    grads = (rows.detach().unsqueeze(-1) * scores[ids]).sum(1)
+    grads = (rows.unsqueeze(-1) * scores[ids]).sum(1)
     mean = weights @ grads
     return weights @ (grads - mean).square().sum(-1)
 
@@ -525,18 +490,6 @@ def test_the_variance_of_on_policy_exo_falls_with_the_square_of_the_distance():
     near, half = (on_policy_variance(optimum(0.5) + h * THETA) for h in (0.02, 0.01))
     assert near > 0
     assert (near / half).item() == pytest.approx(4, rel=0.05)
-
-
-def test_a_stale_snapshot_brings_back_a_bias_of_order_1_over_K():
-    """Draws from an older policy are reweighted within the group, and a ratio of averages is
-    biased: beyond the (K - 1)/K, an error that halves as K doubles."""
-    stale = log_softmax(THETA + torch.tensor([0.5, 0.0, -0.4], dtype=torch.float64))
-    exact = reverse_kl_gradient(THETA, 0.5)
-    errors = [
-        (K / (K - 1) * on_policy_gradient(THETA, stale, K, 1.0, 0.5) - exact).norm() for K in KS
-    ]
-    assert -1.15 < slope(KS, errors) < -0.85
-    assert errors[0] > 1e-3 * exact.norm()
 
 
 def test_a_snapshot_of_sft_is_the_offline_loss():
