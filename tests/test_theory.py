@@ -425,8 +425,9 @@ def test_each_fresh_group_is_reinforce_with_the_groups_mean_as_baseline():
 
 
 def test_each_fresh_group_has_K_minus_1_over_K_of_rloo():
-    """REINFORCE that compares each draw with the mean of the *others* is on-policy EXO without its
-    factor: not on average but group by group."""
+    """REINFORCE that compares each draw with the mean of the *others*, on the gains r / beta - log
+    pi / sft, is on-policy EXO without its factor: not on average but group by group. On the reward
+    with the KL in it, beta times the gain, the factor is (K - 1) / (K beta)."""
     K, log_pi = 4, log_softmax(THETA)
     ids = multisets(LOG_SFT, K)[0]
     ref = exo.on_policy_ref(LOG_SFT, log_pi, 1.0)
@@ -435,6 +436,9 @@ def test_each_fresh_group_has_K_minus_1_over_K_of_rloo():
     gain = (REWARD / 0.5 + LOG_SFT - log_pi)[ids]  # (r - beta log pi / sft) / beta
     others = (gain.sum(-1, keepdim=True) - gain) / (K - 1)
     torch.testing.assert_close(rows.detach(), (K - 1) / K * -(gain - others) / K)
+    paid = (REWARD - 0.5 * (log_pi - LOG_SFT))[ids]
+    rloo = -(paid - (paid.sum(-1, keepdim=True) - paid) / (K - 1)) / K
+    torch.testing.assert_close(rows.detach(), (K - 1) / (K * 0.5) * rloo)
 
 
 def test_at_K_2_fresh_dpo_is_exo_times_a_factor_of_the_gain_and_at_large_K_it_is_not():
