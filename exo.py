@@ -87,9 +87,9 @@ def policy_and_target(
 ) -> tuple[Tensor, Tensor]:
     """(log q, log p), both (B, K), normalised over the same present completions, 0 where absent.
 
-    q is a softmax of log-ratios, so the intractable Z of pi* cancels, and a policy equal to the reference gives the uniform q. beta_pi > 0: large keeps the policy near the
-    reference. The two temperatures act as one: unrestricted, q = p where pi = sft * exp(r / (beta_r
-    * beta_pi)) / Z.
+    q is a softmax of log-ratios, so the intractable Z of pi* cancels, and a policy equal to the
+    reference gives the uniform q. beta_pi > 0: large keeps the policy near the reference. The two
+    temperatures act as one: unrestricted, q = p where pi = sft * exp(r / (beta_r * beta_pi)) / Z.
     """
     _check_positive("beta_pi", beta_pi)
     shape = tuple(policy_logps.shape)
