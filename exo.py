@@ -68,12 +68,11 @@ def preference_target(label_smoothing: float) -> Tensor:
     """log p of (chosen, rejected) = (1 - eps, eps): the paper's p_rh, the target of exo-pref and
     dpo-pref.
 
-    label_smoothing: eps in [0, 0.5), the softness of each label. It is no estimate of how many are
-    wrong: each asks exo-pref for log-odds of log((1 - eps) / eps), and where a share eps is flipped
-    the mean asks for (1 - 2 eps) of that. At 0 (DPO as published) the rejected completion is
-    impossible, log p = -inf, which only dpo_loss accepts.
-    Returns float64 of shape (1, 2), to broadcast over B pairs; the losses cast it. Raises
-    ValueError outside the range.
+    label_smoothing: eps in [0, 0.5), the softness of a label. It is no estimate of how many are
+    wrong: exo-pref is asked by each for log-odds of log((1 - eps) / eps), and with a share of eps
+    flipped for (1 - 2 eps) of that. At 0 (DPO as published) the rejected completion is impossible,
+    log p = -inf, which only dpo_loss accepts. Returns float64 of shape (1, 2), to broadcast over B
+    pairs; the losses cast it. Raises ValueError outside the range.
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
