@@ -17,9 +17,11 @@ Why the order matters: alignment maximises J(pi) = E_pi[r] - beta KL(pi || sft).
 objective itself. With rewards as the target and many completions EXO's gradient tends to that of
 KL(pi || pi*) and DPO's to that of KL(pi* || pi) (at beta_pi = 1; else pi^{beta_pi} stands for pi),
 with an error of order 1/K that tests/test_theory.py measures. Where the policy class contains pi*,
-both have it as their minimiser, at every K >= 2 and beta = beta_r * beta_pi (so has dpo-pref at eps
-= 0 with Bradley-Terry labels; in exo-pref eps sets the temperature). They part ways where it does
-not.
+both expected losses are least there, at every K >= 2 and beta = beta_r * beta_pi. For J itself at a
+given beta set beta_pi = 1, beta_r = beta. Where the class does not contain pi*, they part ways.
+
+With pairs whose labels follow Bradley-Terry, P(i beats j) = sigmoid(r_i - r_j), dpo-pref at eps = 0
+has this minimiser, too, at beta = beta_pi; in exo-pref eps sets the temperature.
 
 Every tensor is (B, K): B prompts, K completions each. `logps` are log pi(y|x) summed over the
 tokens of y. A group with fewer than K completions is padded, and `mask` (B, K), bool, is True where
@@ -66,10 +68,11 @@ def preference_target(label_smoothing: float) -> Tensor:
     """log p of (chosen, rejected) = (1 - eps, eps): the paper's p_rh, the target of exo-pref and
     dpo-pref.
 
-    label_smoothing: eps in [0, 0.5), the probability that the label is wrong. At 0 (DPO as
-    published) the rejected completion is impossible, log p = -inf, which only dpo_loss accepts.
-    Returns float64 of shape (1, 2), to broadcast over B pairs; the losses cast it. Raises
-    ValueError outside the range.
+    label_smoothing: eps in [0, 0.5), the softness of a label. It is no estimate of how many are
+    wrong: exo-pref is asked by each for log-odds of log((1 - eps) / eps), and with a share of eps
+    flipped for (1 - 2 eps) of that. At 0 (DPO as published) the rejected completion is impossible,
+    log p = -inf, which only dpo_loss accepts. Returns float64 of shape (1, 2), to broadcast over B
+    pairs; the losses cast it. Raises ValueError outside the range.
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
@@ -83,10 +86,9 @@ def policy_and_target(
 ) -> tuple[Tensor, Tensor]:
     """(log q, log p), both (B, K), normalised over the same present completions, 0 where absent.
 
-    q is a softmax of log-ratios, so the intractable partition function of pi* cancels, and a policy
-    equal to the reference gives the uniform q. beta_pi > 0: large keeps the policy near the
-    reference. The two temperatures act as one: unrestricted, q = p where pi = sft * exp(r / (beta_r
-    * beta_pi)) / Z.
+    q is a softmax of log-ratios, so the intractable Z of pi* cancels, and a policy equal to the
+    reference gives the uniform q. beta_pi > 0: large keeps the policy near the reference. The two
+    temperatures act as one: unrestricted, q = p where pi = sft * exp(r / (beta_r * beta_pi)) / Z.
     """
     _check_positive("beta_pi", beta_pi)
     shape = tuple(policy_logps.shape)
@@ -170,7 +172,7 @@ class Needs:
 
     label_smoothing: float = 0.0  # where --label_smoothing is not given
     smooth_labels: bool = False  # refuses label_smoothing = 0
-    on_policy: bool = False  # with --online, see completions through the snapshot (below)
+    on_policy: bool = False  # with --online, weigh completions by who drew them, rho below
     pairs: bool = False  # refuses rows with rewards
     reference: bool = True  # False: ref_logps are 0, and nothing is computed for them
     lengths: bool = False  # wants lengths=(B, K), the tokens of each completion, end of text too
@@ -222,9 +224,11 @@ def on_policy_target(
 
     With rho = pi (fresh draws) and beta_pi = 1 the expected gradient of exo_loss is exactly (K -
     1)/K times that of KL(pi || pi*) at beta = beta_r, for every K >= 2: REINFORCE with the group's
-    mean as its baseline, (K - 1)/K of RLOO, whose baseline is the mean of the others (Kool et al.
-    2019; Ahmadian et al. 2024, arXiv:2402.14740). A stale rho brings back a bias of order 1/K. With
-    beta_pi = 1 set beta_r to the offline beta_r * beta_pi for the same optimum.
+    mean as its baseline. Group by group it is (K - 1)/K times the gradient of RLOO, whose baseline
+    is the mean of the others (Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740), on the
+    gains r / beta - log(pi / sft), so (K - 1)/(K beta) times RLOO's on r - beta log(pi / sft). A
+    stale rho brings back a bias of order 1/K. With beta_pi = 1 set beta_r to the offline beta_r *
+    beta_pi for the same optimum.
     """
     return reward_target(rewards + beta_r * (ref_logps - snapshot_logps.detach()), beta_r, mask)
 

@@ -107,7 +107,7 @@ class Settings:
     # method
     beta_pi: float = flag(0.1, POSITIVE, "larger stays closer to the reference; 0.1 to 0.5 usual")
     beta_r: float = flag(1.0, POSITIVE, "temperature of rewards: small trusts, large flattens them")
-    label_smoothing: float | None = flag(None, AMOUNT, "share of wrong labels (exo 1e-3, else 0)")
+    label_smoothing: float | None = flag(None, AMOUNT, "softness of labels (exo 1e-3, else 0)")
     # rewards, and learning from completions of one's own
     reward: str = flag("", str, "a run of the stage reward, or module:function; see README")
     online: bool = flag(False, bool, "exo, dpo: learn from own draws that --reward rates")

@@ -17,7 +17,6 @@ disagree, and where a sentence has a ± that no comment names.
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from experiments.common import mean_se, only
@@ -41,9 +40,7 @@ SHARES = ("on", "between", "producible", "praise", "win_oracle_sft", "win_rm_sft
 
 
 def number(column: str, values: list[float], sign: str = "") -> str:
-    """Mean ± standard error; the mean alone of one value; a dash of none."""
-    if not values:
-        return "–"
+    """Mean ± standard error; the mean alone of one value."""
     share = column in SHARES
     digits = 0 if share else 1 if column == "modes" else 2
     mean, error = (100 * x if share else x for x in mean_se(values))
@@ -60,6 +57,12 @@ def gap(rows: list[dict], column: str, ours: dict, theirs: dict) -> list[float]:
     """Differences over the seeds that both have, so that what worlds share cancels."""
     a, b = values(rows, column, **ours), values(rows, column, **theirs)
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def lead(target: float, exo: str, dpo: str, K: int | None) -> list[float]:
+    """EXO's in E[r] at equal KL(pi || sft), over the seeds where both got there."""
+    sides = ({"method": m, "K": K, "target": target} for m in (exo, dpo))
+    return gap(SWEEP["matched"], "reward", *sides)
 
 
 def literal(text: str) -> object:
@@ -110,35 +113,27 @@ def markdown(corner: str, lines: dict[str, dict[str, str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def pivot(corner: str, rows: list[dict], line: str, head: str, cell: Callable) -> str:
-    """A table with a cell for all rows that agree in `line` and `head`, which their fields fill."""
-    lines: dict[str, dict] = {}
+def together(rows: list[dict], *texts: str) -> dict[tuple, list[dict]]:
+    """Rows that agree in all these texts, which their fields fill."""
+    groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        name, column = (text.format(**row).replace(", K = None", "") for text in (line, head))
-        lines.setdefault(name, {}).setdefault(column, []).append(row)
-    filled = {name: {k: cell(own) for k, own in cells.items()} for name, cells in lines.items()}
-    return markdown(corner, filled)
+        key = tuple(text.format(**row).replace(", K = None", "") for text in texts)
+        groups.setdefault(key, []).append(row)
+    return groups
 
 
-def of(column: str, counted: bool = False) -> Callable:
-    """A cell: number(column), and how many seeds there are."""
-
-    def cell(own: list[dict]) -> str:
-        text = number(column, [row[column] for row in own])
-        return text + f" ({len(own)})" * counted
-
-    return cell
-
-
-def shown(own: list[dict]) -> str:
-    """A cell of rows that `long` made."""
-    return number(own[0]["column"], [row["value"] for row in own], own[0].get("sign", ""))
-
-
-def long(rows: list[dict], *columns: str) -> list[dict]:
-    """A row for each of these columns."""
-    names = [{"column": column, "title": TITLES[column]} for column in columns]
-    return [row | name | {"value": row[name["column"]]} for row in rows for name in names]
+def pivot(corner: str, rows: list[dict], line: str, cells: dict[str, str]) -> str:
+    """A table with a cell for all rows that agree in their line and head, as in together. `cells`
+    is {head: text}, where {COLUMN} is the number of a column, {n} how many rows there are, and
+    {first[COLUMN]} what the first of them has."""
+    lines: dict[str, dict] = {}
+    for head, text in cells.items():
+        columns = [column for column in re.findall(r"{(\w+)}", text) if column != "n"]
+        for (name, title), own in together(rows, line, head).items():
+            numbers = {column: number(column, [row[column] for row in own]) for column in columns}
+            cell = text.format(n=len(own), first=own[0], **numbers)
+            lines.setdefault(name, {})[title] = cell
+    return markdown(corner, lines)
 
 
 TITLES = {
@@ -158,35 +153,32 @@ RIVALS += [(f"exo-{kind}", f"dpo-{kind}", 2) for kind in ("pref", "online-pref")
 RIVALS += [("exo-pref-1e-3", "dpo-pref", 2), ("reverse-kl-descent", "forward-kl-descent", None)]
 
 
+def titled(method: str, K: int | None) -> str:
+    return METHOD.format(method=method, K=K) if K else method
+
+
 def paired() -> str:
     """The differences that the table of all methods cannot show: seeds differ more than methods."""
-    pairs = [((b, K), (a, K)) for a, b, K in RIVALS]
+    pairs = [((dpo, K), (exo, K)) for exo, dpo, K in RIVALS]
     pairs += [(("rloo", K), ("exo-online", K)) for K in (2, 8, 64)]
     pairs += [(("exo-rw", 64), ("reverse-kl-descent", None))]
     pairs += [(("dpo-rw", 64), ("forward-kl-descent", None))]
     pairs += [(("forward-kl", None), ("reverse-kl", None))]
-    rows = []
+    lines = {}
     for pair in pairs:
         sides = [{"method": method, "K": K} for method, K in pair]
-        name = " minus ".join(METHOD.format(**side) for side in sides)
-        for c in ("reverse_kl", "forward_kl", "reward", "on", "modes"):
-            more = {"name": name, "title": TITLES[c], "column": c, "sign": "+"}
-            rows += [more | {"value": value} for value in gap(TOY["rows"], c, *sides)]
-    return pivot("", rows, "{name}", "{title}", shown)
-
-
-def lead(target: float, exo: str, dpo: str, K: int | None) -> list[float]:
-    """EXO's in E[r] at equal KL(pi || sft), over the seeds where both got there."""
-    sides = ({"method": m, "K": K, "target": target} for m in (exo, dpo))
-    return gap(SWEEP["matched"], "reward", *sides)
+        lines[" minus ".join(titled(*who) for who in pair)] = {
+            TITLES[column]: number(column, gap(TOY["rows"], column, *sides), "+")
+            for column in ("reverse_kl", "forward_kl", "reward", "on", "modes")
+        }
+    return markdown("", lines)
 
 
 def leads() -> str:
     lines = {}
     for exo, dpo, K in RIVALS:
         found = {t: lead(t, exo, dpo, K) for t in (0.5, 1, 1.5, 2, 2.5)}
-        name = METHOD.format(method=exo, K=K).replace(", K = None", "")
-        lines[f"{name}, over {dpo}"] = {
+        lines[f"{titled(exo, K)}, over {dpo}"] = {
             f"KL {t:g}": f"{number('reward', x, '+')} ({len(x)})" for t, x in found.items() if x
         }
     return markdown("lead in E[r]", lines)
@@ -194,75 +186,49 @@ def leads() -> str:
 
 def directions() -> str:
     rows = [row for row in SWEEP["directions"] if row["K"] in (2, 8, 32, 128)]
-    return pivot("cosine with the gradient of J", rows, "{place}", METHOD, of("to_J"))
+    return pivot("cosine with the gradient of J", rows, "{place}", {METHOD: "{to_J}"})
 
 
 def capacity() -> str:
     methods = ("exo-rw", "dpo-rw", "reverse-kl", "forward-kl")
     rows = [row for row in SWEEP["capacity"] if row["method"] in methods and row["K"] in (64, None)]
-    rows = long(rows, "reverse_kl") + long(rows, "modes")
-    return pivot("n_embd", rows, "{n_embd}", "{title}: {method}", shown)
-
-
-def efficiency() -> str:
-    def cell(own: list[dict]) -> str:
-        return f"{of('regret')(own)} (K {own[0]['K']})"
-
-    return pivot("regret", SWEEP["efficiency"], "{method}", "{completions:,} completions", cell)
+    cells = {"KL(π‖π*): {method}": "{reverse_kl}", "bumps held: {method}": "{modes}"}
+    return pivot("n_embd", rows, "{n_embd}", cells)
 
 
 def text_world(reward: str) -> str:
     """Trained policies as they were judged: oracle reward at their KL, and share well formed."""
-
-    def cell(own: list[dict]) -> str:
-        return f"{of('oracle')(own)} at KL {of('kl')(own)}; {of('producible')(own)}"
-
     last = only(TEXT["rows"], last=True, n_pairs=None, reward=reward, n_embd=48)
-    return pivot(reward, last, "{method}", "β {beta:g}", cell)
+    cells = {"β {beta:g}": "{oracle} at KL {kl}; {producible}"}
+    return pivot(reward, last, "{method}", cells)
 
 
 def text_leads() -> str:
     """EXO's lead over its DPO in oracle reward, paired over seeds: 95 % intervals."""
-
-    def cell(own: list[dict]) -> str:
-        half = T95[own[0]["lead_seeds"]] * own[0]["lead_se"]
-        return f"{own[0]['lead']:+.2f} ± {half:.2f}"
-
-    rows = [r for r in TEXT["matched"] if r["kl"] in (0.5, 1) and r.get("lead_seeds", 0) > 1]
-    return pivot("lead over its DPO", rows, "{method}", "{reward}, KL {kl:g}", cell)
+    lines: dict[str, dict] = {}
+    for row in TEXT["matched"]:
+        if row["kl"] in (0.5, 1) and row.get("lead_seeds", 0) > 1:
+            cell = f"{row['lead']:+.2f} ± {T95[row['lead_seeds']] * row['lead_se']:.2f}"
+            lines.setdefault(row["method"], {})[f"{row['reward']}, KL {row['kl']:g}"] = cell
+    return markdown("lead over its DPO", lines)
 
 
 def bench() -> str:
     """Speed beside the others: ratios of medians measured in one run."""
     lines = {}
     for row in BENCH["rows"]:
-        unit = "tokens/s" if row["what"] == "sample" else "groups/s"
         what = f"{row['what']} {row['size']}"
         if row["what"] == "train":
             what += f", prompt {row['prompt']}, K = {row['K']}"
         if row["what"] != "load":
             what += f", {row['dtype']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
         others = {"naive": row["naive"], **row["peers"]}
-        lines[what] = {
-            "ours": f"{row['ours']:,.3g} {unit}",
-            "as fast as the others": ", ".join(
-                f"{row['ours'] / v:.1f}× {name}" for name, v in others.items() if v
-            ),
-            "of the matmul limit": f"{row['limit_share']:.0%}" if row["limit_share"] else "–",
-            "GB": f"{row['peak_gb']:.2f}" if row["peak_gb"] else "–",
-        }
+        ratios = [f"{row['ours'] / theirs:.1f}× {who}" for who, theirs in others.items() if theirs]
+        lines[what] = {"ours": f"{row['ours']:,.3g} {row['unit']}"}
+        lines[what] |= {"as fast as the others": ", ".join(ratios)} if ratios else {}
+        for column, head, digits in LIMITS:
+            lines[what] |= {head: f"{row[column]:{digits}}"} if row[column] else {}
     return markdown("", lines)
-
-
-def scaling(axis: str) -> str:
-    """What grows with K, length or vocabulary."""
-    names = {"seconds_per_group": "seconds a group", "peak_gb": "GB", "naive_peak_gb": "GB, naive"}
-    rows = BENCH["scaling"][axis]
-    lines = {
-        title: {f"{row[axis]:,}": f"{row[name]:.3g}" for row in rows if row.get(name)}
-        for name, title in names.items()
-    }
-    return markdown(axis, {title: cells for title, cells in lines.items() if cells})
 
 
 def bugs() -> str:
@@ -278,23 +244,24 @@ def bugs() -> str:
     return "\n".join(rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "exact": lambda: pivot("", long(TOY["rows"], *TITLES), METHOD, "{title}", shown),
+LIMITS = (("limit_share", "of the matmul limit", ".0%"), ("peak_gb", "GB", ".2f"))
+TABLES = {
+    "exact": lambda: pivot("", TOY["rows"], METHOD, {TITLES[c]: f"{{{c}}}" for c in TITLES}),
     "paired": paired,
-    "matched": lambda: pivot(
-        "E[r]", SWEEP["matched"], METHOD, "KL {target:g}", of("reward", counted=True)
-    ),
+    "matched": lambda: pivot("E[r]", SWEEP["matched"], METHOD, {"KL {target:g}": "{reward} ({n})"}),
     "leads": leads,
     "directions": directions,
     "capacity": capacity,
-    "efficiency": efficiency,
+    "efficiency": lambda: pivot(
+        "regret",
+        SWEEP["efficiency"],
+        "{method}",
+        {"{completions:,} completions": "{regret} (K {first[K]})"},
+    ),
     "text sentiment": lambda: text_world("sentiment"),
     "text conviction": lambda: text_world("conviction"),
     "text leads": text_leads,
     "bench": bench,
-    "scaling K": lambda: scaling("K"),
-    "scaling longest": lambda: scaling("longest"),
-    "scaling vocab_size": lambda: scaling("vocab_size"),
     "bugs": bugs,
 }
 

@@ -401,7 +401,9 @@ def test_fresh_draws_give_the_reverse_kl_gradient_times_K_minus_1_over_K(K, beta
 def test_each_fresh_group_has_K_minus_1_over_K_of_rloo():
     """In log pi(y_i) the gradient is (l_i - mean l) / K, l_i = log pi(y_i) - log pi*(y_i) the cost:
     the baseline is the group's mean. REINFORCE that compares each draw with the mean of the
-    *others* (RLOO) is the same without the factor (K - 1)/K: not on average but group by group."""
+    *others* (RLOO), on the gains r / beta - log pi / sft, is the same without the factor (K - 1)/K:
+    not on average but group by group. On the reward with the KL in it, beta times the gain, the
+    factor is (K - 1) / (K beta)."""
     K, beta, log_pi = 4, 0.5, log_softmax(THETA)
     ids = multisets(LOG_SFT, K)[0]
     rows = on_policy_rows(THETA, ids, log_pi, 1.0, beta)
@@ -410,6 +412,9 @@ def test_each_fresh_group_has_K_minus_1_over_K_of_rloo():
     gain = (REWARD / beta + LOG_SFT - log_pi)[ids]  # (r - beta log pi / sft) / beta
     others = (gain.sum(-1, keepdim=True) - gain) / (K - 1)
     torch.testing.assert_close(rows, (K - 1) / K * -(gain - others) / K)
+    paid = (REWARD - beta * (log_pi - LOG_SFT))[ids]
+    rloo = -(paid - (paid.sum(-1, keepdim=True) - paid) / (K - 1)) / K
+    torch.testing.assert_close(rows, (K - 1) / (K * beta) * rloo)
 
 
 def test_at_K_2_fresh_dpo_is_exo_times_a_factor_of_the_gain_and_at_large_K_it_is_not():

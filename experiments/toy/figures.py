@@ -92,7 +92,8 @@ def draw_losses(plt, _):
         values = torch.stack([loss(pair, zeros, preference_target(eps)) for pair in pairs])
         (slope,) = torch.autograd.grad(values.sum(), margin)
         for axis, y in zip(axes, (values, slope), strict=True):
-            line = {"color": COLORS[name.lower()], "lw": 2, "label": f"{name}, ε = {eps:g}"}
+            label = f"{name}, ε = {eps:g} (default)"
+            line = {"color": COLORS[name.lower()], "lw": 2, "label": label}
             axis.plot(margin.detach(), y.detach(), **line)
     for axis, what in zip(axes, ("loss", "gradient in the margin"), strict=True):
         axis.set(xlabel="margin: β_π × (log-ratio of chosen − of rejected)", ylabel=what)
@@ -174,14 +175,15 @@ def draw_directions(plt, done: dict):
     axes[3].legend(fontsize=10, loc="lower left")
     for axis in axes[:3]:
         axis.set_ylabel("cosine with the gradient of J")
-    axes[0].legend(fontsize=10, loc="lower left")
+    note = "bars: standard error; thin: each seed"
+    axes[0].legend(fontsize=10, loc="lower left", title=note, title_fontsize=10)
     return tidy(figure)
 
 
 FRONTIERS = {
     "rewards, sft's draws": [("exo-rw", 64), ("dpo-rw", 64), ("exo-rw", 2), ("dpo-rw", 2)],
     "rewards, own draws": [(f"{name}-online", K) for K in (64, 2) for name in ("exo", "dpo")],
-    "pairs (hollow: own draws)": [
+    "pairs; ε = 0.119 (EXO), 0 (DPO)": [
         (f"{name}-{kind}", 2) for kind in ("pref", "online-pref") for name in ("exo", "dpo")
     ],
 }
@@ -194,6 +196,7 @@ def draw_frontier(plt, done: dict):
     betas = distinct(best, "beta")
     star = [[stat(best, y, beta=b)[0] for b in betas] for y in ("kl_sft", "reward")]
     frame = {"frameon": True, "framealpha": 0.9, "edgecolor": "none", "borderpad": 0.2}
+    frame |= {"fontsize": 10, "title": "large: means over seeds", "title_fontsize": 10}
     for axis, (head, methods) in zip(axes, FRONTIERS.items(), strict=True):
         axis.plot(*star, color=plt.rcParams["text.color"], lw=1.6, label="π*")
         for i, (method, K) in enumerate(methods):
@@ -205,7 +208,7 @@ def draw_frontier(plt, done: dict):
             style |= {"fmt": "os"[i // 2], "ms": 8, "color": tone, "label": f"{method}, K = {K}"}
             over_seeds(axis, only(done["matched"], method=method, K=K), "target", "reward", **style)
         axis.set(title=head, xlim=(0, 4), ylim=(-5, 0), xlabel="KL(π‖sft), nats")
-        axis.legend(fontsize=10, loc="lower right", handletextpad=0.2, **frame)
+        axis.legend(loc="lower right", handletextpad=0.2, **frame)
     axes[0].set_ylabel("E[r]")
     return tidy(figure)
 
@@ -239,15 +242,19 @@ def draw_capacity(plt, done: dict):
         axis.set(xlabel="n_embd", ylabel=label)
         axis.grid(alpha=0.25)
     plots[0].legend(fontsize=10)
+    plots[1].text(4.2, 0.4, "dots: each seed\nbars: standard error", fontsize=10)
     return figure
 
 
 def draw_efficiency(plt, done: dict):
+    """The legend has the K that a method was given, at each budget where they differ."""
     figure, axis = plt.subplots(figsize=(10, 4.6))
     for method in distinct(done["efficiency"], "method"):
         own = only(done["efficiency"], method=method)
         line = ":" if "pref" in method else "-" if method.endswith("rw") else "--"
-        style = {"fmt": f"o{line}", "color": color(method), "label": method, "ms": 4}
+        given = [only(own, completions=n)[0]["K"] for n in distinct(own, "completions")]
+        label = f"{method}, K = {', '.join(map(str, given if len({*given}) > 1 else given[:1]))}"
+        style = {"fmt": f"o{line}", "color": color(method), "label": label, "ms": 4}
         over_seeds(axis, own, "completions", "regret", **style)
     axis.set(xscale="log", yscale="log", xlabel="completions read and rated")
     axis.set_ylabel("regret J(π*) − J(π)")
@@ -257,7 +264,8 @@ def draw_efficiency(plt, done: dict):
     budgets = distinct(done["efficiency"], "completions")
     axis.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
     axis.xaxis.set_minor_locator(plt.NullLocator())
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    note = "bars: standard error;\nK: at each budget"
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), title=note)
     return tidy(figure)
 
 
