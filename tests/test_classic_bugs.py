@@ -412,7 +412,9 @@ def test_the_reference_is_computed_as_the_policy_is(how, stage_of, monkeypatch):
     checkpointing, accumulation and compile.
     """
     compiled = torch.compile  # the graph is captured, no code is generated: that takes a minute
-    monkeypatch.setattr(torch, "compile", lambda module: compiled(module, backend="eager"))
+    monkeypatch.setattr(
+        torch, "compile", lambda module, **how: compiled(module, backend="eager", **how)
+    )
 
     def check():
         s, stage = stage_of("exo", **SAME_PATH[how])
