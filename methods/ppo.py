@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from data import Groups
-from infra.parallel import load_weights, merge, passes, rounding, weights_to_save
+from infra import parallel
+from infra.parallel import load_weights, merge, passes, weights_to_save
 from methods.online import Rounds
 from model import GPT, ScalarHead, Scorer, scored_hidden, to_grid
 
@@ -146,7 +147,7 @@ class PPOStage(Rounds):
     def per_token(self) -> list[Tensor]:
         """[log pi, value, log sft] of every completion token of the round, (M, T) on the CPU."""
         s, groups, device = self.s, self.groups, self.policy.device
-        step = rounding(device)
+        step = parallel.rounding(device)
         T = -(-int(groups.lengths().max()) // step) * step  # as wide as any batch
         dtype = self.policy.gpt.wte.weight.dtype
         out = [torch.zeros(len(groups.ended), T, dtype=dtype) for _ in range(3)]
