@@ -235,7 +235,7 @@ def whole_lines(path: Path, overwrite: bool) -> int:
         content = b"" if overwrite else file.read()
         file.truncate(content.rfind(b"\n") + 1)
     if found := content.count(b"\n"):
-        say(f"{path}: {found} rows are there already", sys.stderr)
+        say(f"{path}: its {found} rows are kept; --overwrite makes them anew", sys.stderr)
     return found
 
 

@@ -96,7 +96,7 @@ class Settings:
     eval_data: list[str] = flag((), list, "held-out files")
     encoding: str | None = flag(None, str, "bytes, tiktoken's, module:function (--init's; bytes)")
     # model
-    init: str = flag("", str, "begin with this run, .pt file or GPT-2 folder; exo, dpo stay near")
+    init: str = flag("", str, "begin with this run, .pt file or GPT-2 folder; exo, dpo: the sft")
     which: str = flag("last", tuple(FILES), "weights of a run --init")
     block_size: int | None = flag(None, COUNT, "longest text in tokens (--init's, or 256)")
     n_layer: int | None = flag(None, COUNT, "blocks (--init's, or 4)")
@@ -109,12 +109,12 @@ class Settings:
     beta_r: float = flag(1.0, POSITIVE, "temperature of rewards: small trusts, large flattens them")
     label_smoothing: float | None = flag(None, AMOUNT, "softness of labels (exo 1e-3, else 0)")
     # rewards, and learning from completions of one's own
-    reward: str = flag("", str, "a run of the stage reward, or module:function; see README")
+    reward: str = flag("", str, "a run of the stage reward, or module:function(prompt, completion)")
     online: bool = flag(False, bool, "exo, dpo: learn from own draws that --reward rates")
     K: int = flag(8, COUNT, "ppo, --online: completions drawn of each prompt")
-    round_iters: int | None = flag(None, COUNT, "batches drawn at once (ppo 4, --online 1: fresh)")
+    round_iters: int | None = flag(None, COUNT, "batches of prompts in a round (ppo 4, --online 1)")
     ppo_epochs: int = flag(4, COUNT, "ppo: passes over the completions of a round")
-    kl_coef: float = flag(0.1, AMOUNT, "ppo: beta of J, paid token by token")
+    kl_coef: float = flag(0.1, AMOUNT, "ppo: price of KL(pi || sft), paid token by token")
     clip: float = flag(0.2, POSITIVE, "ppo: how far a ratio of probabilities moves in a round")
     # optimisation
     batch_size: int = flag(8, COUNT, "groups per optimizer step")
@@ -131,12 +131,12 @@ class Settings:
     # evaluation
     eval_interval: int = flag(100, COUNT, "steps between evaluations, each with a checkpoint")
     log_interval: int = flag(10, COUNT, "steps between training records")
-    kl_samples: int = flag(32, INDEX, "draws that estimate KL(pi || sft) and --reward; 0: none")
+    kl_samples: int = flag(32, INDEX, "texts drawn to estimate KL(pi || sft), reward; 0: none")
     max_new_tokens: int = flag(64, COUNT, "longest draw, half of block_size at most")
     # machine
     seed: int = flag(0, INDEX, "the same seed gives the same numbers")
     device: str | None = flag(None, str, "cuda, mps or cpu (the first there is)")
-    dtype: str | None = flag(None, DTYPES, "bfloat16 is autocast, and the choice on cuda")
+    dtype: str | None = flag(None, DTYPES, "bfloat16: autocast (on cuda, if not said)")
     compile: bool = flag(False, bool, "torch.compile: pays off on a GPU, slow to start on a CPU")
     gradient_checkpointing: bool = flag(False, bool, "compute twice: less memory, 1/3 slower")
     fsdp: bool = flag(False, bool, "shard weights, gradients, optimizer over torchrun's processes")
@@ -204,7 +204,7 @@ class Settings:
 
 def parse(argv: list[str]) -> Settings:
     """Command line -> Settings; exits with 2 and one sentence if they contradict."""
-    parser = parallel.Parser("train.py", __doc__)
+    parser = parallel.Parser("train.py", __doc__.partition("Every entry")[0])
     parser.add_argument("stage", nargs="?", default="toy", choices=stages())
     for f in dataclasses.fields(Settings)[1:]:
         kind, text = f.metadata["kind"], f.metadata["help"]
@@ -502,7 +502,7 @@ def fit(s: Settings, stage) -> int:
         said = f"stopped at step {state['step']} of {steps}; the same command with --resume goes on"
         say(said, sys.stderr)
         return 128 + number
-    say(f"{out}: {steps} steps; last evaluation {json.dumps(log.shown)}")
+    say(f"{out}: {steps} steps; last figures {json.dumps(log.shown)}")
     return 0
 
 

@@ -155,5 +155,6 @@ def save_run(out: Path, weights: dict, rest: dict, better: bool) -> None:
     write_json(out / "config.json", weights["config"] | {"encoding": weights["encoding"]})
     best = {out / "best.pt": weights | {"step": rest["step"]}} if better else {}
     for path, value in (best | {out / "ckpt.pt": weights | rest}).items():
-        with one_sentence(f"cannot write {path}", RuntimeError), replacing(path) as temporary:
-            torch.save(value, temporary)  # a RuntimeError where the disk is full
+        said = f"cannot write {path}, is the disk full?"
+        with one_sentence(said, RuntimeError), replacing(path) as temporary:
+            torch.save(value, temporary)

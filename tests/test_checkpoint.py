@@ -205,7 +205,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(out, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(torch, "save", full_disk)
             message = refusal(save_run, out, weights(3), state(3), True)
-        assert message.startswith(f"cannot write {out / 'best.pt'}: ")
+        assert message.startswith(f"cannot write {out / 'best.pt'}")
         assert load_checkpoint(out)["step"] == 2
         assert load_checkpoint(out, "best")["step"] == 1
         assert not list(out.glob(".*"))
