@@ -590,12 +590,6 @@ def held_out_figures(s: Settings, stage) -> dict[str, float]:
     return {name: sum(part.get(name, 0.0) for _, part in parts) / whole for name in names}
 
 
-SHOWN = {  # what the bar shows of a record, where it is there
-    "train": {k: k for k in ("loss", "reward", "kl")},
-    "eval": {k: f"eval_{k}" for k in ("loss", "accuracy", "reward", "kl")},
-}
-
-
 class Log:
     """metrics.jsonl, one record a line, and the progress bar. On resume, records after the
     checkpoint's step are dropped. Rates are means since the last record of training:
@@ -618,8 +612,9 @@ class Log:
             file.write(json.dumps(record) + "\n")
 
     def write(self, kind: str, step: int, figures: dict) -> None:
-        names = SHOWN[kind]
-        self.shown |= {names[k]: v for k, v in figures.items() if k in names}
+        where = "eval_" if kind == "eval" else ""
+        shown = [name for name in ("loss", "accuracy", "reward", "kl") if name in figures]
+        self.shown |= {where + name: figures[name] for name in shown}
         in_first(self.append, {"step": step, "kind": kind, **figures})
 
     def start_clock(self) -> None:
