@@ -23,6 +23,7 @@ file has lines. One process: to use many GPUs, give each a share of the prompts.
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def contradictions(args: argparse.Namespace):
     """(it is so, what to say then), one for each way in which arguments contradict."""
+    yield args.export and args.out, "--export writes no rows: leave out --out"
     yield args.ref and not args.score, "--ref is for --score"
     yield args.score and args.best_of, "--score draws nothing: leave out --best_of"
     yield args.score and args.temperature == 0, "--score needs a temperature above 0"
@@ -257,6 +259,8 @@ def show(row: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # each would write all rows to --out
+            raise InputError("sample.py runs in one process: start it without torchrun")
         if args.export:
             export(args.checkpoint, Path(args.export), args.encoding, args.which)
         else:

@@ -427,7 +427,10 @@ class Preference:
         loss = self.loss_fn(
             logps, batch.ref_logps, batch.log_target, self.s.beta_pi, batch.mask, **more
         )
-        return loss, preference_figures(logps.detach(), batch, self.s.beta_pi)
+        figures = preference_figures(logps.detach(), batch, self.s.beta_pi)
+        if not self.s.needs.reference:  # nothing to be nearer to, or farther from
+            figures = {k: x for k, x in figures.items() if k.endswith(("logps", "length"))}
+        return loss, figures
 
     def weigh(self, batch: Batch) -> int:
         return len(batch.mask)

@@ -127,7 +127,7 @@ def alpaca_prompt(row: dict) -> str:
 
 WANTED = {  # kinds of rows that each use of a file accepts, and how the error names them
     "preference": ("pair rewards", "preference pairs or completions with rewards"),
-    "sft": ("pair rewards sft text", "text, or prompts with completions"),
+    "sft": ("pair rewards sft text", "text, or prompts with a completion, a pair or rewards"),
     "score": ("pair rewards sft text samples", "text, or prompts with completions"),
     "prompt": ("pair rewards sft samples prompt", "prompts"),
 }

@@ -29,6 +29,16 @@ SHORT = "--eval_interval 3 --log_interval 1 --learning_rate 1e-3 --kl_samples 4"
 SHORT += ["--max_new_tokens", "8"]
 
 
+def lines(*rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def save(folder, content: str | bytes, name: str = "rows.jsonl"):
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
 class World:
     """train.py over these files, with runs in a folder of the test's own."""
 

@@ -441,6 +441,10 @@ def test_the_reference_is_computed_as_the_policy_is(how, stage_of, monkeypatch):
         holds_only_without(check, [(parallel, "score", in_other_batches)])
 
 
+def global_order(groups, batch_size, seed, epoch):
+    return np.array_split(np.random.permutation(len(groups)), len(groups) // batch_size)
+
+
 def test_a_stored_reference_gives_the_run_of_a_live_one(stage_of):
     """Stored log-probs of the reference are lost, or unlike those computed on the way, or to store
     them changes the order of the data.
@@ -472,9 +476,6 @@ def test_a_stored_reference_gives_the_run_of_a_live_one(stage_of):
 
     def rounded(*arguments):
         return score(*arguments).bfloat16().double()
-
-    def global_order(groups, batch_size, seed, epoch):
-        return np.array_split(np.random.permutation(len(groups)), len(groups) // batch_size)
 
     def with_a_draw(*arguments):  # as a loader that takes its seed from the global generator
         np.random.rand()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from conftest import lines, save
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -30,16 +31,6 @@ often = settings(
 def ids(text: str) -> list[int]:
     """The byte encoding, by hand."""
     return list(text.encode())
-
-
-def lines(*rows) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def save(folder, content: str | bytes, name: str = "rows.jsonl"):
-    path = folder / name
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
 
 
 def texts(groups) -> list:
@@ -353,8 +344,26 @@ def pack(raw: list) -> data.Groups:
     return builder.groups()
 
 
+def padded_by_loops(raw: list, chosen: list[int], P: int, K: int, T: int) -> tuple[list, ...]:
+    """What a batch holds, one token at a time: prefix, idx, targets, segment, lengths, flat."""
+    starts = np.cumsum([0] + [1 + len(c) for _, c in raw])
+    prefix, idx, targets, segment, lengths = [], [], [], [], []
+    for g in chosen:
+        prompt, completions = raw[g]
+        prefix += prompt[:-1] + [0] * (P - len(prompt) + 1)
+        for k in range(K):
+            text, ended = completions[k] if k < len(completions) else ([], False)
+            predicted = text + [EOT] * ended
+            read = [prompt[-1], *text]
+            idx += (read + [0] * T)[:T]
+            targets += predicted + [-1] * (T - len(predicted))
+            lengths.append(len(predicted))
+            segment.append(int(starts[g]) + 1 + k if k < len(completions) else 0)
+    return prefix, idx, targets, segment, lengths
+
+
 def check_collate(raw: list, chosen: list[int], round_to: int) -> None:
-    """Twin of collate: one token at a time, into nested lists."""
+    """Twin of collate."""
     groups = pack(raw)
     number = np.arange(len(groups.ended))
     groups.log_target, groups.ref_logps = number + 0.5, number + 0.25
@@ -367,18 +376,7 @@ def check_collate(raw: list, chosen: list[int], round_to: int) -> None:
     K = max(1, *(len(c) for _, c in picked))
     P = rounded(max(len(p) - 1 for p, _ in picked))
     T = rounded(max(1, *(len(c) + e for _, cs in picked for c, e in [*cs, ([], False)])))
-    starts = np.cumsum([0] + [1 + len(c) for _, c in raw])
-    prefix, idx, targets, segment, lengths = [], [], [], [], []
-    for g, (prompt, completions) in zip(chosen, picked, strict=True):
-        prefix += prompt[:-1] + [0] * (P - len(prompt) + 1)
-        for k in range(K):
-            text, ended = completions[k] if k < len(completions) else ([], False)
-            predicted = text + [EOT] * ended
-            read = [prompt[-1], *text]
-            idx += (read + [0] * T)[:T]
-            targets += predicted + [-1] * (T - len(predicted))
-            lengths.append(len(predicted))
-            segment.append(int(starts[g]) + 1 + k if k < len(completions) else 0)
+    prefix, idx, targets, segment, lengths = padded_by_loops(raw, chosen, P, K, T)
     scored = [i for i, target in enumerate(targets) if target >= 0]
     spare = batch.scored[len(scored) :].tolist()
 

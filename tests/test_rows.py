@@ -9,19 +9,10 @@ import json
 import re
 
 import pytest
+from conftest import lines, save
 
 import infra.rows as files
 from infra.rows import InputError, Report, Row, best_of, read_files
-
-
-def lines(*rows) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def save(folder, content: str | bytes, name: str = "rows.jsonl"):
-    path = folder / name
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
 
 
 def read(path, use="preference") -> tuple[list[Row], Report]:

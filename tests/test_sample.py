@@ -225,6 +225,7 @@ def test_out_is_touched_only_when_all_input_has_been_read(world, tmp_path, refus
         ("SFT --score x.jsonl --prompt a", "--prompt: not allowed with argument --score"),
         ("SFT --score x.jsonl --prompts a", "--prompts: not allowed with argument --score"),
         ("SFT --export x --score x.jsonl", "--score: not allowed with argument --export"),
+        ("SFT --export x --out x.jsonl", "--export writes no rows: leave out --out"),
         ("SFT --score x.jsonl --best_of 2 --reward m:f", "--score draws nothing"),
         ("SFT --score x.jsonl --temperature 0", "--score needs a temperature above 0"),
         ("SFT --out x.txt", "must end in .jsonl"),
@@ -240,3 +241,13 @@ def test_each_mistake_gets_one_sentence(argv, said, world, reward_model, refusal
     names = {"SFT": world.sft, "RM": reward_model}
     argv = [names.get(word, word) for word in argv.split()]
     assert said in refusal(sample.main, *argv)[-1]
+
+
+def test_many_processes_are_refused_before_they_write_over_each_other(
+    world, refusal, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    out = tmp_path / "rows.jsonl"
+    argv = [world.sft, "--prompts", world.pairs, "--out", str(out)]
+    assert "sample.py runs in one process" in refusal(sample.main, *argv)[-1]
+    assert not out.exists()

@@ -192,6 +192,9 @@ def test_a_loss_without_a_reference_and_with_lengths(world, tmp_path, monkeypatc
     needs = exo.Needs(pairs=True, reference=False, lengths=True)
     monkeypatch.setitem(exo.NEEDS, simpo_loss, needs)
     out, scored = world.run("simpo", "--beta_pi", 2), tmp_path / "scored.jsonl"
+    kept = {f"{who}_{what}" for who in ("chosen", "rejected") for what in ("logps", "length")}
+    for record in records(out, "eval") + records(out, "train"):
+        assert record.keys() & FIGURES == kept | {"loss"}  # no log-ratios without a reference
     assert sample.main([str(out), "--score", world.pairs, "--out", str(scored)]) == 0
     gaps = []
     for row in read_rows(scored):
