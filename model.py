@@ -313,38 +313,19 @@ def draw(
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if temperature == 0:
-        return logits.argmax(dim=-1)
     logits = logits.to(wide(logits.dtype))
-    top = logits.amax(dim=-1, keepdim=True)
-    cdf = logits - top  # from here on in place: one buffer a token
-    if temperature != 1:
-        cdf.div_(temperature)
-    least = None
     if top_k is not None and top_k < logits.size(-1):
         least = logits.topk(top_k).values[:, -1:]
-        cdf.masked_fill_(logits < least, -torch.inf)
-    cdf.exp_().cumsum_(dim=-1)
-    total = cdf[:, -1:].contiguous()
-    idx = torch.searchsorted(cdf, uniform[:, None].to(cdf) * total, right=True)
-    last = torch.searchsorted(cdf, total)  # rounding may reach the total
-    idx = torch.minimum(idx, last)
-    if logits.device.type != "cpu":  # whose sums are made one by one, and never fall
-        idx = only_possible(idx, logits, top, temperature, least)
-    return idx[:, 0]
-
-
-def only_possible(
-    idx: Tensor, logits: Tensor, top: Tensor, temperature: float, least: Tensor | None
-) -> Tensor:
-    """idx (N, 1), with the likeliest token in place of one that has probability 0. A sum made in
-    parallel need not rise from token to token, and a search in it may end anywhere."""
-    own = logits.gather(1, idx.clamp(max=logits.size(-1) - 1))
-    possible = ((own - top) / temperature).exp() > 0
-    possible &= idx < logits.size(-1)
-    if least is not None:
-        possible &= own >= least
-    return torch.where(possible, idx, logits.argmax(dim=-1, keepdim=True))
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    top, likeliest = logits.max(dim=-1, keepdim=True)
+    if temperature == 0:
+        return likeliest[:, 0]
+    cdf = (logits - top).div_(temperature).exp_().cumsum_(dim=-1)  # in place: one buffer a token
+    idx = torch.searchsorted(cdf, uniform[:, None].to(cdf) * cdf[:, -1:], right=True)
+    idx = idx.clamp(max=logits.size(-1) - 1)  # rounding may reach the total
+    # A sum made in parallel need not rise from token to token, and a search in it may end anywhere.
+    possible = ((logits.gather(1, idx) - top) / temperature).exp() > 0
+    return torch.where(possible, idx, likeliest)[:, 0]
 
 
 # ------------------------------------------------------------------------------
