@@ -17,7 +17,8 @@ import importlib
 import math
 import os
 import sys
-from dataclasses import dataclass, field
+from array import array
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -102,12 +103,15 @@ class Groups:
     ended: np.ndarray  # (M,): the completion is followed by end-of-text (False: it was cut)
     rewards: np.ndarray  # (M,), NaN for prompts and where only an order is known
     eot: int
-    places: list[str] = field(default_factory=list)  # (G,) file:line, for what is said of a group
+    places: bytes = b""  # a line for each group: file:line, for what is said of it
     log_target: np.ndarray | None = None  # (M,) log p of each completion, by set_targets
     ref_logps: np.ndarray | None = None  # (M,) log sft of each completion; inf: not asked yet
 
     def __len__(self) -> int:
         return len(self.first) - 1
+
+    def place(self, g: int) -> str:
+        return self.places.split(b"\n")[g].decode() if self.places else "drawn in this round"
 
     def segment(self, s: int) -> list[int]:
         return self.tokens[self.offsets[s] : self.offsets[s + 1]].tolist()
@@ -150,12 +154,12 @@ class Groups:
 
 
 class Builder:
-    """Collects groups, cut to block_size, and joins them into flat arrays."""
+    """Collects groups, cut to block_size, in flat arrays that grow."""
 
     def __init__(self, block_size: int, eot: int, report: Report):
         self.block_size, self.eot, self.report = block_size, eot, report
-        self.segments: list[np.ndarray] = []  # prompts and completions in order
-        self.first, self.ended, self.rewards, self.places = [0], [], [], []  # as in Groups
+        self.tokens, self.offsets, self.first = array("i"), array("q", [0]), array("q", [0])
+        self.ended, self.rewards, self.places = bytearray(), array("d"), bytearray()  # as in Groups
         self.text = np.array([eot], np.int32)  # running text that fills no block yet
 
     def add(self, prompt, completions: list, rewards=None, ended=True, place: str = "") -> bool:
@@ -181,11 +185,13 @@ class Builder:
 
     def put(self, prompt, completions: list, ended: list[bool], rewards=None, place="") -> None:
         """Add a group as it is: drawn completions fit already, and equal ones are two draws."""
-        self.segments += [np.asarray(ids, np.int32) for ids in (prompt, *completions)]
-        self.first.append(len(self.segments))
-        self.places.append(place)
-        self.ended += [False, *ended]
-        self.rewards += [math.nan, *(rewards or [math.nan] * len(completions))]
+        for ids in (prompt, *completions):
+            self.tokens.frombytes(np.asarray(ids, np.int32).tobytes())
+            self.offsets.append(len(self.tokens))
+        self.first.append(len(self.offsets) - 1)
+        self.places += place.encode() + b"\n" * bool(place)
+        self.ended += bytes([False, *ended])
+        self.rewards.extend([math.nan, *(rewards or [math.nan] * len(completions))])
 
     def add_text(self, text: np.ndarray, last: bool = False, place: str = "") -> None:
         """Add running text in blocks, in each of which every token is predicted once, after its
@@ -198,14 +204,15 @@ class Builder:
         self.text = text[stop:].copy()  # a view would keep the whole text alive
 
     def groups(self) -> Groups:
+        """Views of what was collected, no copies: nothing can be added any more."""
         return Groups(
-            tokens=np.concatenate([np.empty(0, np.int32), *self.segments]),
-            offsets=np.cumsum([0, *map(len, self.segments)]),
-            first=np.array(self.first),
-            ended=np.array(self.ended, np.bool_),
-            rewards=np.array(self.rewards, np.float64),
+            tokens=np.frombuffer(self.tokens, np.int32),
+            offsets=np.frombuffer(self.offsets, np.int64),
+            first=np.frombuffer(self.first, np.int64),
+            ended=np.frombuffer(self.ended, np.bool_),
+            rewards=np.frombuffer(self.rewards, np.float64),
             eot=self.eot,
-            places=self.places,
+            places=bytes(self.places),
         )
 
 
@@ -247,7 +254,7 @@ def read_groups(
             else:
                 builder.add(ids(row.prompt), [best], place=place)
     builder.add_text(np.empty(0, np.int32), last=True, place="the end of all texts")
-    if not builder.segments:
+    if len(builder.first) == 1:
         names = ", ".join(map(str, paths))
         raise InputError(f"{names}: nothing usable ({report})")
     return builder.groups(), report
@@ -256,12 +263,13 @@ def read_groups(
 def set_targets(groups: Groups, beta_r: float = 1.0, label_smoothing: float = 0.0) -> None:
     """Fill groups.log_target: the label's for pairs, the rewards' for the others. Softmaxed here
     once, so that no loss has to look whether it is finite."""
-    segment, mask = groups.grid(np.arange(len(groups)))
-    rewards = torch.from_numpy(groups.rewards[segment])
-    target = exo.reward_target(rewards, beta_r, torch.from_numpy(mask))
-    target[torch.from_numpy(groups.is_pair()), :2] = exo.preference_target(label_smoothing)
-    groups.log_target = np.zeros(len(groups.rewards))
-    groups.log_target[segment[mask]] = target.numpy()[mask]
+    groups.log_target, pair = np.zeros(len(groups.rewards)), torch.from_numpy(groups.is_pair())
+    for ids in np.array_split(np.arange(len(groups)), 1 + len(groups) // 8192):  # bounds memory
+        segment, mask = groups.grid(ids)
+        rewards = torch.from_numpy(groups.rewards[segment])
+        target = exo.reward_target(rewards, beta_r, torch.from_numpy(mask))
+        target[pair[ids], :2] = exo.preference_target(label_smoothing)
+        groups.log_target[segment[mask]] = target.numpy()[mask]
 
 
 # ------------------------------------------------------------------------------

@@ -393,7 +393,7 @@ class Preference:
             self.reward = load_reward(s.reward, policy.device)
         for part in filter(None, (groups, held_out)):
             if s.needs.pairs and not part.is_pair().all():
-                where = part.places[int(part.is_pair().argmin())]
+                where = part.place(int(part.is_pair().argmin()))
                 raise InputError(f"{where}: {s.stage} wants preference pairs, not rewards")
             set_targets(part, s.beta_r, s.label_smoothing)
             unknown = math.inf if s.needs.reference else 0.0
@@ -557,9 +557,7 @@ class Diverged(InputError):
 
 def rows_of(groups: Groups, ids: np.ndarray, at_most: int = 8) -> str:
     """Where these groups come from."""
-    if not any(groups.places):
-        return "drawn in this round"
-    shown = [groups.places[g] for g in ids[:at_most]]
+    shown = dict.fromkeys(groups.place(g) for g in ids[:at_most])
     return ", ".join(shown) + (f" and {len(ids) - at_most} more" if len(ids) > at_most else "")
 
 

@@ -6,6 +6,7 @@ What files and rows may be is tested in test_rows.py.
 import itertools
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import data
-from data import Builder, InputError, Report, collate, epoch_batches, read_groups
+from data import Builder, Epochs, InputError, Report, collate, epoch_batches, read_groups
 
 ENC = data.byte_encoding()
 EOT = 256
@@ -504,3 +505,20 @@ def test_batches_are_asked_for_by_number_in_any_order():
         assert epochs.batch(i).tolist() == flat[i]
     for n, held in ((2, flat[:2]), (99, flat[:3])):
         assert [b.tolist() for b in epochs.first(n)] == held
+
+
+def test_reading_and_batching_hold_six_bytes_a_token(tmp_path):
+    """4 for its id; the rest is what a pair of 150 tokens costs beside them, copies included."""
+    path, text = tmp_path / "pairs.jsonl", "a stone in the river "
+    rows = (
+        {"prompt": text * 4, "chosen": text * 2, "rejected": f"{i}{text}"} for i in range(20_000)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tracemalloc.start()
+    groups, _ = read_groups([path], ENC, 256)
+    data.set_targets(groups)
+    groups.ref_logps = np.zeros(len(groups.ended))
+    Epochs(groups, 8, seed=0).batch(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 6 * len(groups.tokens)
