@@ -200,7 +200,7 @@ def test_ragged_batches_compile_to_at_most_3_graphs_without_a_break(monkeypatch)
         module(batch).sum().backward()
     assert len(shapes) > 10
     assert counting.frame_count <= 3
-    assert not counters["graph_break"]
+    assert not counters["graph_break"] | counters["unimplemented"] | counters["resumes"]
     assert gpt.wte.weight.grad.isfinite().all()
 
 
