@@ -2,12 +2,12 @@
 skipped without CUDA; what is quick runs on the CPU, too."""
 
 import itertools
-import json
-import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import STAGES, records
 
 import train
 from data import Builder, Groups, Report, byte_encoding, collate
@@ -116,34 +116,30 @@ def test_cuda_draws_the_cpus_text(temperature, device):
     assert texts[0] == texts[1]
 
 
+def losses(out: Path, kind: str) -> list[float]:
+    return [r["loss"] for r in records(out, kind)]
+
+
 @pytest.mark.parametrize("device", [CUDA])
-def test_a_cuda_run_is_near_the_cpus(device, tmp_path):
-    """sft and exo through train.main in float32: held-out losses within 1e-3; and in bfloat16, the
-    choice on cuda, the run ends and learns."""
-    rng = random.Random(0)
-    rows = [
-        {"prompt": f"{rng.random():.2f}", "chosen": f" yes {i}", "rejected": f" no {i} {i}"}
-        for i in range(24)
-    ]
-    data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shape = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 64".split()
-    short = "--max_iters 6 --eval_interval 3 --learning_rate 1e-3".split()
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_steps_of_every_stage_are_the_cpus(stage, device, world):
+    """In float32, losses within 1e-3; and in bfloat16, the choice on cuda, the run ends."""
+    steps = "--max_iters", 2, "--dtype", "float32", "--device"
+    cpu, card = world.run(stage, *steps, "cpu"), world.run(stage, *steps, device, out="card")
+    assert losses(card, "train") == pytest.approx(losses(cpu, "train"), abs=1e-3)
+    world.run(stage, "--max_iters", 2, "--device", device, out="bf16")
 
-    def losses(name: str, stage: str, *more: str) -> list[float]:
-        argv = [stage, "--data", str(data), "--eval_data", str(data), *short, *more]
-        assert train.main([*argv, "--out", str(tmp_path / name)]) == 0
-        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-        return [r["loss"] for r in lines if r["kind"] == "eval"]
 
-    exact = ("--dtype", "float32", "--device")
-    sft = [losses(f"sft-{d}", "sft", *shape, *exact, d) for d in ("cpu", device)]
-    assert sft[1] == pytest.approx(sft[0], abs=1e-3)
-    rest = ("--init", str(tmp_path / "sft-cpu"), "--kl_samples", "4", "--max_new_tokens", "8")
-    exo = [losses(f"exo-{d}", "exo", *rest, *exact, d) for d in ("cpu", device)]
-    assert exo[1] == pytest.approx(exo[0], abs=1e-3)
-    first, *_, last = losses("bf16", "exo", *rest, "--device", device)
-    assert last < first
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_resumes_on_the_card(stage, device, world):
+    """Losses within 1e-3 of those of a run that was never stopped: a card adds in any order."""
+    steps = "--lr_decay", "constant", "--warmup_iters", 0, "--round_iters", 1, "--ppo_epochs", 1
+    steps += "--dtype", "float32", "--device", device
+    whole = world.run(stage, *steps, out="whole")
+    world.run(stage, *steps, "--max_iters", 3, out="parts")
+    parts = world.run(stage, *steps, "--resume", out="parts")
+    assert losses(parts, "train") == pytest.approx(losses(whole, "train"), abs=1e-3)
 
 
 # ------------------------------------------------------------------------------
