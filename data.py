@@ -217,11 +217,16 @@ class Builder:
 
 
 def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """encode_ordinary as an int32 array: a tenth of a list's memory."""
+    """encode_ordinary as an int32 array: a tenth of a list's memory. Raises InputError where
+    tiktoken gives up, as over a million spaces before a word."""
     try:
-        return encoding.encode_to_numpy(text, disallowed_special=()).view(np.int32)
-    except UnicodeEncodeError:  # half a surrogate pair, which encode_ordinary replaces
-        return np.array(encoding.encode_ordinary(text), np.int32)
+        try:
+            return encoding.encode_to_numpy(text, disallowed_special=()).view(np.int32)
+        except UnicodeEncodeError:  # half a surrogate pair, which encode_ordinary replaces
+            return np.array(encoding.encode_ordinary(text), np.int32)
+    except ValueError as error:
+        said = f"the encoding {encoding.name} cannot take a text of {len(text):,} characters"
+        raise InputError(f"{said}: {error}") from error
 
 
 def read_groups(
@@ -242,17 +247,14 @@ def read_groups(
         return encode(encoding, text)
 
     for place, row in read_files(paths, use, report):
-        if use == "prompt":
-            builder.add(ids(row.prompt), [], place=place)
-        elif use == "preference":
-            ys = [ids(text) for text in row.completions]
-            builder.add(ids(row.prompt), ys, row.rewards, place=place)
-        else:
-            best = ids(row.completions[best_of(row)])
+        with one_sentence(place, InputError):
+            best = [row.completions[best_of(row)]] if use == "sft" else row.completions
+            ys = [] if use == "prompt" else [ids(text) for text in best]
             if row.prompt is None:
-                builder.add_text(np.append(best, np.int32(encoding.eot_token)), place=place)
+                builder.add_text(np.append(ys[0], np.int32(encoding.eot_token)), place=place)
             else:
-                builder.add(ids(row.prompt), [best], place=place)
+                rewards = row.rewards if use == "preference" else None
+                builder.add(ids(row.prompt), ys, rewards, place=place)
     builder.add_text(np.empty(0, np.int32), last=True, place="the end of all texts")
     if len(builder.first) == 1:
         names = ", ".join(map(str, paths))
@@ -390,4 +392,4 @@ class Epochs:
 
 def evenly_spaced(n: int, at_most: int) -> np.ndarray:
     """Up to `at_most` of the numbers below n, the first and the last among them."""
-    return np.unique(np.linspace(0, n - 1, at_most).round().astype(int))
+    return np.unique(np.linspace(0, n - 1, min(n, at_most)).round().astype(int))

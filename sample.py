@@ -22,8 +22,8 @@ file has lines. One process: to use many GPUs, give each a share of the prompts.
 
 import argparse
 import json
-import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -33,9 +33,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import exo
-from data import Builder, decode, get_encoding
+from data import Builder, decode, encode, get_encoding
 from infra.checkpoint import FILES, export, load_gpt
-from infra.parallel import Parser, autocast, pick_device, say, score
+from infra.parallel import Parser, autocast, complain, pick_device, run_program, say, score
 from infra.rows import InputError, Report, Row, make_folder, one_sentence, read_files
 from model import Scorer
 
@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", help="run folder, .pt file or Hugging Face GPT-2 folder")
     add("--which", choices=FILES, default="last", help="of a run folder: last weights, or best")
-    add("--encoding", help="of a Hugging Face folder that does not say (gpt2)")
+    add("--encoding", help="of a GPT-2 folder that does not say (gpt2), or module:function to run")
     work = parser.add_mutually_exclusive_group()
     work.add_argument("--prompt", default="", help="one prompt")
     work.add_argument("--prompts", metavar="FILE", help="a file of rows with prompts")
@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--ref", metavar="PATH", help="with --score: another model's log-probs, and the target")
     add("--beta_r", type=float, default=1.0, help="with --ref: temperature of rewards")
     add("--label_smoothing", type=float, default=0.0, help="with --ref: of pairs")
-    add("--reward", metavar="SPEC", help="reward model's run folder, or module:function")
+    add("--reward", metavar="SPEC", help="reward model's run folder, or module:function to run")
     add("-n", type=int, default=1, help="completions of each prompt")
     add("--best_of", type=int, metavar="N", help="each completion is the best of N by --reward")
     add("--out", metavar="FILE", help="write rows {prompt, completions, ...} as JSONL here")
@@ -85,13 +85,16 @@ def contradictions(args: argparse.Namespace):
     same = given and args.out and Path(given).resolve() == Path(args.out).resolve()
     yield same, f"--out {args.out} is the file that is read: give another"
     t, eps = args.temperature, args.label_smoothing
-    yield t is not None and not 0 <= t < math.inf, f"--temperature must be 0 or more, got {t}"
+    known = t is None or t == 0 or 1e-6 <= t <= 1e6
+    yield not known, f"--temperature must be 0 or from 1e-6 to 1e6, got {t}"
     yield not 0 <= eps < 0.5, f"--label_smoothing must be in [0, 0.5), got {eps}"
-    yield not 0 < args.beta_r < math.inf, f"--beta_r must be above 0, got {args.beta_r}"
+    yield not 1e-6 <= args.beta_r <= 1e6, f"--beta_r must be from 1e-6 to 1e6, got {args.beta_r}"
     yield args.seed < 0, f"--seed must not be negative, got {args.seed}"
     for name in ("n", "max_new_tokens", "batch_size", "best_of", "top_k"):
         value = getattr(args, name)
         yield value is not None and value < 1, f"{name} must be at least 1, got {value}"
+    drawn = args.n * (args.best_of or 1)
+    yield drawn > 10**6, f"at most 1,000,000 draws of a prompt are made at once, not {drawn:,}"
 
 
 class Sampler:
@@ -118,11 +121,12 @@ class Sampler:
         if args.reward:
             from methods.reward import load_reward
 
-            self.reward = load_reward(args.reward, device)
+            self.reward = load_reward(args.reward, device, args.encoding)
 
-    def tokens(self, prompt: str) -> list[int]:
+    def tokens(self, place: int, prompt: str) -> list[int]:
         """The end of a prompt that leaves room for what is drawn."""
-        ids = self.encoding.encode_ordinary(prompt) or [self.encoding.eot_token]
+        with one_sentence(f"prompt {place + 1}", InputError):
+            ids = encode(self.encoding, prompt).tolist() or [self.encoding.eot_token]
         room = self.gpt.config.block_size - self.new
         self.report.cut_prompts += len(ids) > room
         return ids[-room:]
@@ -131,9 +135,11 @@ class Sampler:
         """A row {prompt, completions, rewards (with --reward)} for each (place, prompt)."""
         each, eot = self.args.best_of or 1, self.encoding.eot_token
         n = self.args.n * each
-        with autocast(self.args.dtype, self.device):
+        ids = [self.tokens(*prompt) for prompt in prompts]
+        said = f"drawing from {self.args.checkpoint}"
+        with one_sentence(said, ValueError), autocast(self.args.dtype, self.device):
             drawn = self.gpt.generate(
-                [self.tokens(prompt) for _, prompt in prompts],
+                ids,
                 max_new_tokens=self.new,
                 n=n,
                 temperature=self.temperature,
@@ -164,10 +170,11 @@ class Sampler:
         """The (number, row) with `logps`, log pi of each completion (end of text included), and
         their rewards: those of --reward, or those they have. Long rows are cut as in training."""
         builder = Builder(self.gpt.config.block_size, self.encoding.eot_token, self.report)
-        for _, row in rows:
-            prompt = self.encoding.encode_ordinary(row.prompt or "")
-            for y in row.completions:
-                builder.add(prompt, [self.encoding.encode_ordinary(y)])
+        for number, row in rows:
+            with one_sentence(f"row {number}", InputError):
+                prompt = encode(self.encoding, row.prompt or "")
+                for y in row.completions:
+                    builder.add(prompt, [encode(self.encoding, y)])
         groups, args, found = builder.groups(), self.args, {}
         for name, scorer in self.models.items():
             logps = score(scorer, groups, args.batch_size, self.device, args.dtype)
@@ -269,11 +276,12 @@ def main(argv: list[str] | None = None) -> int:
         kept = f"; {args.out} keeps its rows, the same command goes on" if args.out else ""
         print(f"sample.py: stopped{kept}", file=sys.stderr)
         return 130
-    except InputError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:  # a name too long, a folder without permission
+        complain("sample.py", error)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it as it ends any program
+    run_program(main)

@@ -67,8 +67,10 @@ class Number(NamedTuple):
     range: str
 
 
-COUNT = Number(int, lambda n: n >= 1, "at least 1")
+COUNT = Number(int, lambda n: 1 <= n <= 10**9, "from 1 to 1e9")
+LAYERS = Number(int, lambda n: 1 <= n <= 1000, "from 1 to 1000")
 INDEX = Number(int, lambda n: n >= 0, "at least 0")
+BETA = Number(float, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6")
 POSITIVE = Number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
 AMOUNT = Number(float, lambda x: 0 <= x < math.inf, "a finite number, at least 0")
 SHARE = Number(float, lambda x: 0 <= x < 1, "in [0, 1)")
@@ -94,22 +96,22 @@ class Settings:
     # data
     data: list[str] = flag((), list, "training files: .jsonl, .jsonl.gz, .json, .txt")
     eval_data: list[str] = flag((), list, "held-out files")
-    encoding: str | None = flag(None, str, "bytes, tiktoken's, module:function (--init's; bytes)")
+    encoding: str | None = flag(None, str, "bytes, tiktoken's, module:function to run (--init's)")
     # model
     init: str = flag("", str, "begin with this run, .pt file or GPT-2 folder; exo, dpo: the sft")
     which: str = flag("last", tuple(FILES), "weights of a run --init")
     block_size: int | None = flag(None, COUNT, "longest text in tokens (--init's, or 256)")
-    n_layer: int | None = flag(None, COUNT, "blocks (--init's, or 4)")
+    n_layer: int | None = flag(None, LAYERS, "blocks (--init's, or 4)")
     n_head: int | None = flag(None, COUNT, "attention heads (--init's, or 4)")
     n_embd: int | None = flag(None, COUNT, "width (--init's, or 128)")
     init_std: float = flag(0.02, POSITIVE, "of fresh blocks; narrow ones want about 1/sqrt(n_embd)")
-    temperature: float | None = flag(None, POSITIVE, "divides logits, always (--init's, or 1)")
+    temperature: float | None = flag(None, BETA, "divides logits, always (--init's, or 1)")
     # method
-    beta_pi: float = flag(0.1, POSITIVE, "larger stays closer to the reference; 0.1 to 0.5 usual")
-    beta_r: float = flag(1.0, POSITIVE, "temperature of rewards: small trusts, large flattens them")
+    beta_pi: float = flag(0.1, BETA, "larger stays closer to the reference; 0.1 to 0.5 usual")
+    beta_r: float = flag(1.0, BETA, "temperature of rewards: small trusts, large flattens them")
     label_smoothing: float | None = flag(None, AMOUNT, "softness of labels (exo 1e-3, else 0)")
     # rewards, and learning from completions of one's own
-    reward: str = flag("", str, "a run of the stage reward, or module:function(prompt, completion)")
+    reward: str = flag("", str, "a reward run, or module:function(prompt, completion) to run")
     online: bool = flag(False, bool, "exo, dpo: learn from own draws that --reward rates")
     K: int = flag(8, COUNT, "ppo, --online: completions drawn of each prompt")
     round_iters: int | None = flag(None, COUNT, "batches of prompts in a round (ppo 4, --online 1)")
@@ -279,9 +281,8 @@ def fresh_gpt(s: Settings) -> tuple[GPT, str, float]:
     name = s.encoding or "bytes"
     sizes = {k: getattr(s, k) or default for k, default in SIZES.items()}
     sizes["vocab_size"] = get_encoding(name).n_vocab  # its error is about the encoding
-    with one_sentence("the model's flags do not fit", ValueError):
-        config = GPTConfig(**sizes)
-    gpt = GPT(config, torch.Generator().manual_seed(s.seed), s.init_std)
+    with one_sentence("the model's flags do not fit", (ValueError, RuntimeError)):  # too large
+        gpt = GPT(GPTConfig(**sizes), torch.Generator().manual_seed(s.seed), s.init_std)
     return gpt, name, s.temperature or 1.0
 
 
@@ -296,9 +297,6 @@ def load_init(s: Settings) -> tuple[GPT, str, float]:
         if getattr(s, flag_name) not in (None, value):
             given = f"--{flag_name} {getattr(s, flag_name)}"
             raise InputError(f"{given} disagrees with --init {s.init}, which has {value}")
-    words, n_vocab = gpt.config.vocab_size, get_encoding(name).n_vocab
-    if words != n_vocab:
-        raise InputError(f"--init {s.init} has {words} words, its encoding {name} has {n_vocab}")
     return gpt, name, s.temperature or ckpt["temperature"]
 
 
@@ -390,7 +388,7 @@ class Preference:
         if s.reward:
             from methods.reward import load_reward
 
-            self.reward = load_reward(s.reward, policy.device)
+            self.reward = load_reward(s.reward, policy.device, s.encoding)
         for part in filter(None, (groups, held_out)):
             if s.needs.pairs and not part.is_pair().all():
                 where = part.place(int(part.is_pair().argmin()))
@@ -604,7 +602,8 @@ class Log:
 
     def keep_until(self, step: int) -> None:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step]
+        with one_sentence(f"cannot read {self.path}"):
+            kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step]
         with replacing(self.path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept))
 
@@ -665,11 +664,12 @@ def resume(s: Settings, stage, optimizer) -> dict:
     if ckpt["step"] > stage.steps:
         said = f"the run in {s.out} is at step {ckpt['step']}, beyond the {stage.steps} asked for"
         raise InputError(f"--resume: {said}")
-    parallel.load_weights(policy.gpt, ckpt["model"])
-    for name, head in stage.heads.items():
-        parallel.load_weights(head, ckpt[name])
-    parallel.load_optimizer(policy.scorer, optimizer, ckpt["optimizer"])
-    stage.load_state(ckpt["task"])
+    with one_sentence(f"--resume: {s.out} does not fit this run"):
+        parallel.load_weights(policy.gpt, ckpt["model"])
+        for name, head in stage.heads.items():
+            parallel.load_weights(head, ckpt[name])
+        parallel.load_optimizer(policy.scorer, optimizer, ckpt["optimizer"])
+        stage.load_state(ckpt["task"])
     return {k: ckpt[k] for k in NEW}
 
 
@@ -728,7 +728,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # the toy, before the first step, or a second Ctrl-C
         say("train.py: stopped before it could save", sys.stderr)
         return 130
-    except InputError as error:
+    except (InputError, OSError) as error:  # a name too long, a folder without permission
         parallel.complain("train.py", error)
         return 2
 

@@ -12,8 +12,7 @@ beside these. It knows nothing of processes: what many sharded processes saved o
 
 import json
 import shutil
-import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -21,9 +20,16 @@ import torch
 from data import get_encoding
 from infra.huggingface import from_pretrained, pretrained_config, save_pretrained, tokenizer_files
 from infra.rows import InputError, make_folder, one_sentence, read_json, replacing, write_json
+from infra.untrusted import check_weights, encoding_of, fitting, load_file
 from model import GPT, GPTConfig
 
 FILES = {"last": "ckpt.pt", "best": "best.pt"}  # what --which chooses from
+KINDS = {  # of a checkpoint's entries, as far as it has them
+    **dict.fromkeys(("model", "config", "head", "optimizer", "task"), dict),
+    **dict.fromkeys(("encoding", "stage"), str),
+    **dict.fromkeys(("step", "evaluated"), int),
+    **dict.fromkeys(("temperature", "best", "sft"), (int, float)),
+}
 GO_ON = ("step", "evaluated", "best", "optimizer", "task", "sft")  # beside weights, to resume
 FREE = {  # flags that may change when a run goes on: the mathematics stays
     *("out", "resume", "overwrite", "device", "compile", "fsdp"),
@@ -37,19 +43,40 @@ def load_checkpoint(path: str | Path, which: str = "last") -> dict:
     if not file.is_file():
         raise InputError(f"no checkpoint at {file}")
     with one_sentence(f"{file} is damaged, or no file of torch.save by this project"):
-        if not zipfile.is_zipfile(file):  # torch would advise to trust it
-            raise ValueError("it is no zip file")
-        ckpt = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        ckpt = load_file(file)
         if missing := {"model", "config", "encoding", "temperature"} - ckpt.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        check_kinds(ckpt)
+        for name in ckpt.keys() & {"model", "head"}:
+            check_weights(ckpt[name], file.stat().st_size)
     return ckpt
 
 
-def checkpoint_gpt(ckpt: dict, path: str | Path) -> GPT:
-    """The model of a checkpoint. Raises InputError where model.py has changed since."""
+def check_kinds(ckpt: dict) -> None:
+    for name in ckpt.keys() & KINDS.keys():
+        if not isinstance(ckpt[name], KINDS[name]):
+            raise ValueError(f"its {name} is of type {type(ckpt[name]).__name__}")
+    if not 1e-6 <= ckpt["temperature"] <= 1e6:
+        raise ValueError(f"its temperature is {ckpt['temperature']}")
+    if ckpt.get("step", 0) < 0:
+        raise ValueError(f"its step is {ckpt['step']}")
+
+
+def checkpoint_gpt(ckpt: dict, path: str | Path, encoding: str | None = None) -> GPT:
+    """The model of a checkpoint. encoding: as the user said. Raises InputError where model.py has
+    changed since, or where the checkpoint names an encoding that is code and the user did not."""
+    n_vocab = get_encoding(encoding_of(ckpt["encoding"], encoding, path)).n_vocab
     with one_sentence(f"{path} does not fit this model.py"):
-        gpt = GPT(GPTConfig(**ckpt["config"]))
+        config = GPTConfig(**ckpt["config"])
+        for f in fields(config):
+            if not isinstance(getattr(config, f.name), f.type):
+                raise ValueError(f"its {f.name} is {getattr(config, f.name)!r}")
+        fitting(config, ckpt["model"])
+        gpt = GPT(config)
         gpt.load_state_dict(ckpt["model"])
+    if gpt.config.vocab_size != n_vocab:
+        words = f"{gpt.config.vocab_size} words, its encoding {ckpt['encoding']} has {n_vocab}"
+        raise InputError(f"{path} has {words}")
     return gpt
 
 
@@ -57,8 +84,9 @@ def load_gpt(
     path: str | Path, device="cpu", encoding: str | None = None, policy=True, which="last"
 ) -> tuple[GPT, dict]:
     """The model of a run folder, a .pt file or a Hugging Face GPT-2 folder, in eval mode, and the
-    checkpoint's other entries. encoding: of a Hugging Face folder that does not say (None: gpt2).
-    policy: refuse a reward model, whose trunk no longer says what comes next.
+    checkpoint's other entries. encoding: of a Hugging Face folder that does not say (None: gpt2);
+    a module:function must be said. policy: refuse a reward model, whose trunk no longer says what
+    comes next.
     """
     folder = Path(path)
     ours = (folder / "ckpt.pt").exists() or (folder / "settings.json").exists()
@@ -68,7 +96,7 @@ def load_gpt(
         ckpt = load_checkpoint(path, which)
         if policy and ckpt.get("stage") == "reward":
             raise InputError(f"{path} is a reward model: it rates text and writes none")
-        gpt = checkpoint_gpt(ckpt, path)
+        gpt = checkpoint_gpt(ckpt, path, encoding)
         del ckpt["model"]
     return gpt.to(device).eval(), ckpt
 
@@ -77,17 +105,13 @@ def load_hugging_face(folder: Path, encoding: str | None) -> tuple[GPT, dict]:
     """load_gpt of a Hugging Face folder. Words beyond the encoding's, which pad the vocabulary or
     were added to it, are left out: no text contains them, and none may be sampled."""
     config = pretrained_config(folder)
-    ours = config.get("exo", {})  # written by `sample.py --export`
-    name = ours.get("encoding") or encoding or "gpt2"
-    if ":" in name and name != encoding:  # would run code
-        raise InputError(f"{folder} has the encoding {name}: say --encoding {name} to run it")
+    with one_sentence(f"{folder}/config.json: exo"):  # written by `sample.py --export`
+        said = {"encoding": encoding or "gpt2", "temperature": 1.0} | config.get("exo", {})
+        check_kinds(said)
+    name = encoding_of(said["encoding"], encoding, folder)
     gpt = from_pretrained(folder, get_encoding(name).n_vocab)
-    return gpt, {
-        "config": asdict(gpt.config),
-        "encoding": name,
-        "temperature": ours.get("temperature", 1.0),
-        "left_out": config["vocab_size"] - gpt.config.vocab_size,
-    }
+    left_out = config["vocab_size"] - gpt.config.vocab_size
+    return gpt, said | {"config": asdict(gpt.config), "left_out": left_out}
 
 
 def export(path: str, out: Path, encoding: str | None = None, which: str = "last") -> None:

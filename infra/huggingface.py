@@ -18,7 +18,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infra.rows import InputError, make_folder, one_sentence, read_json, replacing, write_json
+from infra.rows import (
+    InputError,
+    make_folder,
+    one_sentence,
+    read_json,
+    refuse_endless,
+    replacing,
+    write_json,
+)
+from infra.untrusted import check_weights, fitting, inside, load_file
 from model import GPT, GPTConfig
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -42,7 +51,7 @@ def pretrained_config(folder: Path) -> dict:
     """config.json of a Hugging Face folder, with GPT-2's sizes where it names none. Raises
     InputError unless this GPT computes that model; dropout rates and reorder_and_upcast_attn do not
     change what is computed."""
-    given = read_json(folder / "config.json")
+    given = read_json(inside(folder, "config.json"))
     kind = json.dumps(given.get("model_type"))
     if kind != '"gpt2"':
         raise InputError(f"{folder} is not GPT-2: config.json has model_type {kind}")
@@ -65,37 +74,37 @@ def from_pretrained(folder: str | Path, vocab_size: int | None = None) -> GPT:
     with one sentence for a folder that is not GPT-2, computes something else, or lacks tensors.
     """
     folder = Path(folder)
-    config, tensors = pretrained_config(folder), read_weights(folder)
+    config, (tensors, size) = pretrained_config(folder), read_weights(folder)
     with one_sentence(f"{folder} does not hold the GPT-2 asked for"):
         if (vocab_size or 0) > config["vocab_size"]:
             raise ValueError(f"it has a vocabulary of {config['vocab_size']}, not of {vocab_size}")
         state = {
-            name.removeprefix("transformer."): (x.T if name.endswith(CONV1D) else x).contiguous()
+            name.removeprefix("transformer."): x.t() if name.endswith(CONV1D) else x
             for name, x in tensors.items()
             if not name.endswith(UNUSED)
         }
-        state["wte.weight"] = state["wte.weight"][:vocab_size].contiguous()
+        check_weights(state, size)
+        state["wte.weight"] = state["wte.weight"][:vocab_size]
         sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
         sizes["vocab_size"] = vocab_size or config["vocab_size"]
-        with torch.device("meta"):  # shapes only: nothing is drawn to be overwritten
-            gpt = GPT(GPTConfig(**sizes))
-        gpt.load_state_dict(state, assign=True)  # all tensors, no others, each of its shape
-    return gpt.float()
+        gpt = fitting(GPTConfig(**sizes), state)
+    for p in gpt.parameters():
+        p.data = torch.empty(p.shape).copy_(p.data)  # off the disk, in rows, in float32
+    return gpt
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face folder, by their names there."""
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], int]:
+    """All tensors of a Hugging Face folder, by their names there, and the bytes of their files."""
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise InputError(f"{folder} has no weights: no model.safetensors, no pytorch_model.bin")
     tensors = {}
     for file in files:
+        file = inside(folder, file.name)
         with one_sentence(f"cannot read {file}"):
-            if file.suffix == ".bin":
-                tensors |= torch.load(file, map_location="cpu", weights_only=True)
-            else:
-                tensors |= safetensors().load_file(file)
-    return tensors
+            refuse_endless(file)
+            tensors |= load_file(file) if file.suffix == ".bin" else safetensors().load_file(file)
+    return tensors, sum(file.stat().st_size for file in files)
 
 
 def safetensors():
@@ -152,8 +161,13 @@ TOKENIZER += ("special_tokens_map.json",)
 
 def tokenizer_files(checkpoint: Path) -> list[Path]:
     """Those of the Hugging Face folder that training began from, run after run."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    if (folder / "settings.json").is_file():
-        init = read_json(folder / "settings.json")["init"]
-        return tokenizer_files(Path(init)) if init else []
-    return [folder / name for name in TOKENIZER if (folder / name).is_file()]
+    seen = set()
+    while True:
+        folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        if not (folder / "settings.json").is_file():
+            return [inside(folder, name) for name in TOKENIZER if (folder / name).is_file()]
+        init = read_json(folder / "settings.json").get("init")
+        if not isinstance(init, str) or not init or folder in seen:
+            return []
+        seen.add(folder)
+        checkpoint = Path(init)

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from data import Groups, collate
-from infra.rows import InputError
+from infra.rows import InputError, one_sentence
 from model import Block
 
 # ------------------------------------------------------------------------------
@@ -46,7 +46,11 @@ def pick_device(name: str | None) -> torch.device:
     name = name or have[0]
     if name.partition(":")[0] not in have:
         raise InputError(f"--device {name} is not there; this machine has {', '.join(have)}")
-    return torch.device(name)
+    with one_sentence(f"--device {name}", RuntimeError):
+        device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()}")
+    return device
 
 
 def autocast(dtype: str | None, device: torch.device):
@@ -157,6 +161,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(program, description=text, formatter_class=style, allow_abbrev=False)
 
     def error(self, message: str):
+        message = " ".join(message.split())  # a name may hold anything
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
@@ -165,13 +170,14 @@ def complain(program: str, error: Exception) -> None:
     speaks, and another only if it is still alive a while later, so that it was alone."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
-    print(f"{program}: {error}", file=sys.stderr, flush=True)
+    print(f"{program}:", *str(error).split(), file=sys.stderr, flush=True)
 
 
 def run_program(main) -> None:
     """Exit with main's status. One of many processes ends at once: gloo's threads outlive the group
     where a sharded module still refers to it, and one that drops a tensor while Python takes itself
     down aborts the process, with all its work done."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # half a surrogate pair, in an ASCII terminal
     if "RANK" not in os.environ:
         sys.exit(main())
     try:

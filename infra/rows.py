@@ -5,7 +5,8 @@ Files: rows read and checked, with what is wrong said in one sentence, and files
 
 A row that cannot be read says why, with file and line, and stops; one that is merely unusable (two
 equal completions, nothing left to score) is counted by its reason and reported. Files are read row
-by row, except that a .txt file is one row, and a .json file is parsed whole.
+by row, and no row may be longer than LONGEST, however small the .gz file that it comes out of; but
+a .txt file is one row, and a .json file is parsed whole: they take memory as the file is long.
 """
 
 import contextlib
@@ -18,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+LONGEST = 2**24  # bytes of a line
 
 
 class InputError(ValueError):
@@ -199,11 +202,16 @@ def best_of(row: Row) -> int:
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     """(place, JSON value) for each row; place is file:line. Blank lines are skipped; a .json file
     is a list, its rows counted from 1; a .txt file is one {"text"}."""
-    with one_sentence(f"cannot read {path}", (OSError, EOFError, zlib.error, UnicodeDecodeError)):
+    errors = (OSError, EOFError, zlib.error, UnicodeDecodeError, MemoryError)
+    with one_sentence(f"cannot read {path}", errors):
+        refuse_endless(path)
         if path.name.endswith((".jsonl", ".jsonl.gz")):
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                for number, line in enumerate(map(bytes.strip, file), 1):
-                    if line:
+                for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), 1):
+                    if len(line) > LONGEST:
+                        longest = f"{LONGEST >> 20} MiB"
+                        raise InputError(f"{path}:{number}: the line is longer than {longest}")
+                    if line := line.strip():
                         with one_sentence(f"{path}:{number}: broken JSON"):
                             row = json.loads(line)
                         yield f"{path}:{number}", row
@@ -215,6 +223,12 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
             yield str(path), {"text": path.read_text(encoding="utf-8-sig")}
         else:
             raise InputError(f"{path}: a data file ends in .jsonl, .jsonl.gz, .json or .txt")
+
+
+def refuse_endless(path: Path) -> None:
+    """A FIFO waits for its writer, and a device never ends."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is no regular file")
 
 
 @contextlib.contextmanager
@@ -232,6 +246,7 @@ def replacing(path: Path):
 
 def read_json(path: Path) -> dict:
     with one_sentence(f"cannot read {path}"):
+        refuse_endless(path)
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 import exo
 from data import Builder, Epochs, Groups, Report, decode, evenly_spaced
 from infra.parallel import autocast, gather, rank, score, whole_weights, world
+from infra.rows import one_sentence
 from methods.reward import load_reward
 from model import GPT
 
@@ -38,7 +39,7 @@ def draw(policy, s, prompts: list[list[int]], n: int, generator: torch.Generator
     drawn, gpt, mine = {}, unsharded(policy, s), range(rank(), len(prompts), world())
     for start in range(0, len(mine), size):
         chunk = mine[start : start + size]
-        with autocast(s.dtype, policy.device):
+        with one_sentence("drawing", ValueError), autocast(s.dtype, policy.device):
             ys = gpt.generate(
                 [prompts[i] for i in chunk],
                 max_new_tokens=new,
@@ -118,7 +119,7 @@ class Rounds:
     def begin(self, s, policy, prompts: Groups, held_out: Groups | None, beta: float) -> None:
         self.s, self.policy, self.prompts, self.beta = s, policy, prompts, beta
         self.eval_prompts = held_out or prompts
-        self.reward, self.ref = load_reward(s.reward, policy.device), policy.reference()
+        self.reward, self.ref = load_reward(s.reward, policy.device, s.encoding), policy.reference()
         self.epochs = Epochs(prompts, s.batch_size, s.seed)
         self.steps = s.max_iters or math.ceil(s.epochs * self.epochs.n_batches) * self.passes
         self.round, self.groups, self.figures = None, prompts, {}

@@ -25,6 +25,7 @@ from data import (
     Epochs,
     Groups,
     Report,
+    encode,
     evenly_spaced,
     get_encoding,
     load_function,
@@ -41,7 +42,7 @@ from infra.parallel import (
     score,
     whole_weights,
 )
-from infra.rows import InputError
+from infra.rows import InputError, one_sentence
 from model import GPT, ScalarHead, scored_hidden, to_grid
 
 # ------------------------------------------------------------------------------
@@ -142,25 +143,27 @@ class RewardStage:
 # What --reward names
 
 
-def load_reward(spec: str, device):
+def load_reward(spec: str, device, encoding: str | None = None):
     """What --reward names, as a function of (prompts, completions, ended=None), lists of equal
     length, that gives the rewards, (N,) float64 on the CPU. ended: whether the end of text followed
-    (None: always); a function of the user's is not told."""
+    (None: always); a function of the user's is not told. encoding: as the user said; a model's own
+    that is a module:function must be said."""
     if ":" in spec and not Path(spec).exists():
         return function_reward(spec)
     ckpt = load_checkpoint(spec)
     if "head" not in ckpt:
         stage = ckpt.get("stage", "unknown")
         raise InputError(f"--reward {spec} is no reward model: its stage is {stage}")
-    return model_reward(ckpt, torch.device(device), spec)
+    return model_reward(ckpt, torch.device(device), spec, encoding)
 
 
-def model_reward(ckpt: dict, device, spec: str):
+def model_reward(ckpt: dict, device, spec: str, said: str | None = None):
     """The reward model of a checkpoint. It has an encoding of its own, which need not be the
     policy's, and computes in float32. Texts that it cannot hold are cut, and counted once."""
-    gpt, encoding = checkpoint_gpt(ckpt, spec), get_encoding(ckpt["encoding"])
+    gpt, encoding = checkpoint_gpt(ckpt, spec, said), get_encoding(ckpt["encoding"])
     model = RewardModel(gpt)
-    model.head.load_state_dict(ckpt["head"])
+    with one_sentence(f"{spec} does not fit this model.py"):
+        model.head.load_state_dict(ckpt["head"])
     model.to(device).eval()
     said = []
 
@@ -169,8 +172,8 @@ def model_reward(ckpt: dict, device, spec: str):
         builder = Builder(gpt.config.block_size - 1, encoding.eot_token, report)
         ended = ended or [True] * len(prompts)
         for prompt, completion, whole in zip(prompts, completions, ended, strict=True):
-            ids = map(encoding.encode_ordinary, (prompt, completion))
-            builder.add(next(ids), [next(ids)], ended=whole)
+            ids = [encode(encoding, text) for text in (prompt, completion)]
+            builder.add(ids[0], ids[1:], ended=whole)
         if (report.cut_prompts or report.cut_completions) and not said:
             said.append(True)
             say(f"--reward {spec} cuts texts to its block_size of {gpt.config.block_size}: here "

@@ -11,7 +11,6 @@ import torch
 
 from infra.checkpoint import (
     FREE,
-    GO_ON,
     check_free,
     load_checkpoint,
     load_gpt,
@@ -35,7 +34,8 @@ def weights(seed: int, stage: str = "exo") -> dict:
 
 
 def state(step: int) -> dict:
-    return dict.fromkeys(GO_ON, 0.0) | {"step": step}
+    counts = {"step": step, "evaluated": step, "best": 0.0, "sft": 0.0}
+    return counts | {"optimizer": {}, "task": {}}
 
 
 @pytest.fixture

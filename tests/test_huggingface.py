@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import data
 import sample
 import train
-from infra import checkpoint
+from infra import checkpoint, untrusted
 from infra.checkpoint import load_gpt
 from infra.huggingface import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
@@ -242,7 +242,8 @@ def test_a_fork_that_is_not_gpt2_any_more_is_not_exported(changed, tmp_path, mon
     config = GPTConfig(**vars(CONFIG) | {"vocab_size": 257})
     weights = {"model": Fork(config).state_dict(), "config": vars(config)}
     torch.save(weights | {"encoding": "bytes", "temperature": 1.0}, tmp_path / "run.pt")
-    monkeypatch.setattr(checkpoint, "GPT", Fork)
+    for module in (checkpoint, untrusted):
+        monkeypatch.setattr(module, "GPT", Fork)
     assert sample.main([str(tmp_path / "run.pt"), "--export", str(tmp_path / "hf")]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert "this model is not GPT-2 any more, it has another " in said
