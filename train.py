@@ -446,6 +446,8 @@ class Preference:
         return {k: torch.from_numpy(part.ref_logps) for k, part in parts.items() if part}
 
     def load_state(self, state: dict) -> None:
+        if {k: x.shape for k, x in state.items()} != {k: x.shape for k, x in self.state().items()}:
+            raise ValueError("its reference is that of other rows")
         self.groups.ref_logps = state["ref_logps"].numpy().copy()
         if self.held_out:
             self.held_out.ref_logps = state["held_out_ref_logps"].numpy().copy()

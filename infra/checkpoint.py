@@ -69,8 +69,9 @@ def checkpoint_gpt(ckpt: dict, path: str | Path, encoding: str | None = None) ->
     with one_sentence(f"{path} does not fit this model.py"):
         config = GPTConfig(**ckpt["config"])
         for f in fields(config):
-            if not isinstance(getattr(config, f.name), f.type):
-                raise ValueError(f"its {f.name} is {getattr(config, f.name)!r}")
+            value = getattr(config, f.name)
+            if not isinstance(value, f.type) or (f.type is int and value is True):
+                raise ValueError(f"its {f.name} is {value!r}")
         fitting(config, ckpt["model"])
         gpt = GPT(config)
         gpt.load_state_dict(ckpt["model"])

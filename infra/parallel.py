@@ -244,10 +244,17 @@ def optimizer_to_save(module: torch.nn.Module, optimizer) -> dict:
 
 
 def load_optimizer(module: torch.nn.Module, optimizer, state: dict) -> None:
-    if state:
-        set_optimizer_state_dict(module, optimizer, state, options=WHOLE)
-        for group in optimizer.param_groups:
-            group["betas"] = tuple(group["betas"])  # torch makes a list of it
+    if not state:
+        return
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    set_optimizer_state_dict(module, optimizer, state, options=WHOLE)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)  # a run goes on with the flags that it has
+    for p, kept in optimizer.state.items():  # the fused kernel believes what it is given
+        for name, x in kept.items():
+            shape = () if name == "step" else p.shape
+            if x.shape != shape or not x.is_contiguous() or not x.is_floating_point():
+                raise ValueError(f"the optimizer's {name} has another shape")
 
 
 # ------------------------------------------------------------------------------

@@ -162,7 +162,8 @@ class Rounds:
         return {"round": self.round, "groups": groups, "figures": self.figures}
 
     def load_state(self, state: dict) -> None:
-        self.round, self.figures = state["round"], state["figures"]
+        self.round = state["round"]
+        self.figures = {k: float(x) for k, x in state["figures"].items()}
         if self.round:
             arrays = {k: v.numpy() for k, v in state["groups"].items()}
             self.groups = Groups(**arrays, eot=self.policy.encoding.eot_token)

@@ -240,6 +240,7 @@ def test_the_named_gpu_is_the_one_that_is_used(tmp_path, monkeypatch):
     """--device cuda:1 becomes the current device, and records hold the peak of its memory."""
     current, gpu = [], torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", {gpu: 3 * 2**30}.__getitem__)
     s = train.parse(f"sft --data x --device cuda:1 --out {tmp_path}".split())
@@ -517,7 +518,8 @@ KINDS = {f.name: f.metadata["kind"] for f in dataclasses.fields(train.Settings)}
 def test_each_number_says_its_range(name, refusal):
     """What is just outside, and what is no finite number."""
     kind = KINDS[name]
-    least = {train.COUNT: "0", train.INDEX: "-1", train.POSITIVE: "0.0", train.AMOUNT: "-1.0"}
+    least = {train.COUNT: "0", train.LAYERS: "1001", train.INDEX: "-1", train.AMOUNT: "-1.0"}
+    least |= {train.POSITIVE: "0.0", train.BETA: "1e-07"}
     for value in [least.get(kind, "1.0"), *(["nan", "inf"] if kind.type is float else [])]:
         (said,) = refusal(train.main, "sft", "--data", "F", f"--{name}", value)
         assert f"--{name} must be {kind.range}, got {value}" in said
