@@ -54,7 +54,7 @@ def make_sft(runs: Path, name: str, spec: dict) -> dict:
 def sft_argv(folder: Path, spec: dict) -> list:
     iters, width = spec["sft_iters"], spec["n_embd"]
     argv = ["sft", "--data", folder / "sft.jsonl", "--eval_data", folder / "held_out.jsonl"]
-    argv += ["--encoding", constants.ENCODING, "--init_std", width**-0.5, "--seed", spec["seed"]]
+    argv += ["--init_std", width**-0.5, "--seed", spec["seed"]]
     for size in ("n_layer", "n_head", "n_embd", "block_size"):
         argv += [f"--{size}", spec[size]]
     argv += ["--batch_size", spec["sft_batch"], "--learning_rate", spec["sft_rate"] * 48 / width]

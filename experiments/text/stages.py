@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import train
+from experiments.text.constants import ENCODING
 from infra.checkpoint import load_gpt
 from infra.rows import InputError, make_folder, replacing
 from methods.reward import load_reward
@@ -18,7 +19,7 @@ from model import GPT
 def run(folder: Path, argv: list) -> None:
     """Run a stage of train.py into `folder`, or go on where it was stopped there. Raises InputError
     with the stage's own sentence where it fails."""
-    argv = [*map(str, argv), "--out", str(folder), "--device", "cpu"]
+    argv = [*map(str, argv), "--encoding", ENCODING, "--out", str(folder), "--device", "cpu"]
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         status = train.main(argv + ["--resume"] * (folder / "ckpt.pt").exists())
@@ -32,13 +33,13 @@ def run(folder: Path, argv: list) -> None:
 
 def policy(folder: Path) -> GPT:
     """The last weights of a run, in eval mode."""
-    return load_gpt(folder)[0]
+    return load_gpt(folder, encoding=ENCODING)[0]
 
 
 def judge(spec: str | Path):
     """A reward model's run folder, or module:function, as a function of (prompts, completions,
     whether each ended) that gives the rewards, (N,) float64."""
-    return load_reward(str(spec), "cpu")
+    return load_reward(str(spec), "cpu", ENCODING)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
