@@ -68,7 +68,7 @@ class Number(NamedTuple):
 
 
 COUNT = Number(int, lambda n: 1 <= n <= 10**9, "from 1 to 1e9")
-LAYERS = Number(int, lambda n: 1 <= n <= 1000, "from 1 to 1000")
+FEW = Number(int, lambda n: 1 <= n <= 1000, "from 1 to 1000")
 INDEX = Number(int, lambda n: n >= 0, "at least 0")
 BETA = Number(float, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6")
 POSITIVE = Number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
@@ -101,7 +101,7 @@ class Settings:
     init: str = flag("", str, "begin with this run, .pt file or GPT-2 folder; exo, dpo: the sft")
     which: str = flag("last", tuple(FILES), "weights of a run --init")
     block_size: int | None = flag(None, COUNT, "longest text in tokens (--init's, or 256)")
-    n_layer: int | None = flag(None, LAYERS, "blocks (--init's, or 4)")
+    n_layer: int | None = flag(None, FEW, "blocks (--init's, or 4)")
     n_head: int | None = flag(None, COUNT, "attention heads (--init's, or 4)")
     n_embd: int | None = flag(None, COUNT, "width (--init's, or 128)")
     init_std: float = flag(0.02, POSITIVE, "of fresh blocks; narrow ones want about 1/sqrt(n_embd)")
@@ -113,7 +113,7 @@ class Settings:
     # rewards, and learning from completions of one's own
     reward: str = flag("", str, "a reward run, or module:function(prompt, completion) to run")
     online: bool = flag(False, bool, "exo, dpo: learn from own draws that --reward rates")
-    K: int = flag(8, COUNT, "ppo, --online: completions drawn of each prompt")
+    K: int = flag(8, FEW, "ppo, --online: completions drawn of each prompt")
     round_iters: int | None = flag(None, COUNT, "batches of prompts in a round (ppo 4, --online 1)")
     ppo_epochs: int = flag(4, COUNT, "ppo: passes over the completions of a round")
     kl_coef: float = flag(0.1, AMOUNT, "ppo: price of KL(pi || sft), paid token by token")

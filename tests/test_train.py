@@ -518,7 +518,7 @@ KINDS = {f.name: f.metadata["kind"] for f in dataclasses.fields(train.Settings)}
 def test_each_number_says_its_range(name, refusal):
     """What is just outside, and what is no finite number."""
     kind = KINDS[name]
-    least = {train.COUNT: "0", train.LAYERS: "1001", train.INDEX: "-1", train.AMOUNT: "-1.0"}
+    least = {train.COUNT: "0", train.FEW: "1001", train.INDEX: "-1", train.AMOUNT: "-1.0"}
     least |= {train.POSITIVE: "0.0", train.BETA: "1e-07"}
     for value in [least.get(kind, "1.0"), *(["nan", "inf"] if kind.type is float else [])]:
         (said,) = refusal(train.main, "sft", "--data", "F", f"--{name}", value)
