@@ -222,8 +222,9 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
     try:
         try:
             return encoding.encode_to_numpy(text, disallowed_special=()).view(np.int32)
-        except UnicodeEncodeError:  # half a surrogate pair, which encode_ordinary replaces
-            return np.array(encoding.encode_ordinary(text), np.int32)
+        except UnicodeEncodeError:  # half a surrogate pair, replaced as encode_ordinary does
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return encoding.encode_to_numpy(text, disallowed_special=()).view(np.int32)
     except ValueError as error:
         said = f"the encoding {encoding.name} cannot take a text of {len(text):,} characters"
         raise InputError(f"{said}: {error}") from error

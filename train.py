@@ -117,7 +117,7 @@ class Settings:
     round_iters: int | None = flag(None, COUNT, "batches of prompts in a round (ppo 4, --online 1)")
     ppo_epochs: int = flag(4, COUNT, "ppo: passes over the completions of a round")
     kl_coef: float = flag(0.1, AMOUNT, "ppo: price of KL(pi || sft), paid token by token")
-    clip: float = flag(0.2, POSITIVE, "ppo: how far a ratio of probabilities moves in a round")
+    clip: float = flag(0.2, BETA, "ppo: how far a ratio of probabilities moves in a round")
     # optimisation
     batch_size: int = flag(8, COUNT, "groups per optimizer step")
     micro_batch_size: int | None = flag(None, COUNT, "groups in memory at once; same result")
@@ -597,9 +597,9 @@ class Log:
     drawing counts, evaluation does not."""
 
     def __init__(self, s: Settings, device: torch.device, step: int, steps: int):
-        self.bar = tqdm(total=steps, initial=step, desc=s.stage, disable=rank() > 0)
         self.device, self.shown, self.path = device, {}, Path(s.out) / "metrics.jsonl"
         in_first(self.keep_until, step)
+        self.bar = tqdm(total=steps, initial=step, desc=s.stage, disable=rank() > 0)
         self.start_clock()
 
     def keep_until(self, step: int) -> None:
