@@ -150,6 +150,7 @@ def test_no_file_names_code_by_itself(reader, made, world, hf, refusal, monkeypa
     (world.folder / "evilmod.py").write_text(EVIL)
     monkeypatch.chdir(world.folder)
     monkeypatch.setattr(sys, "path", [*sys.path, str(world.folder)])
+    monkeypatch.delitem(sys.modules, "evilmod", raising=False)
     main, argv = readers(world, folder)[reader]
     said = refusal(main, *map(str, argv))[-1]
     assert f"{folder} has the encoding evilmod:enc: say --encoding evilmod:enc to run it" in said
