@@ -265,7 +265,7 @@ def test_spoiled_weights_are_loaded_or_refused(name, times, tmp_path):
         attempt(lambda: sample_from(tmp_path), len(content))
 
 
-STRANGE = [None, -1, 10**30, float("nan"), "x", [1], {}, {1: 2}, {"a": torch.zeros(0)}]
+STRANGE = [None, -1, float("nan"), "x", [1], {1: 2}]
 
 
 @pytest.mark.parametrize("which", ["sft", "reward", "exo"])
