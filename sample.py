@@ -136,8 +136,7 @@ class Sampler:
         each, eot = self.args.best_of or 1, self.encoding.eot_token
         n = self.args.n * each
         ids = [self.tokens(*prompt) for prompt in prompts]
-        said = f"drawing from {self.args.checkpoint}"
-        with one_sentence(said, ValueError), autocast(self.args.dtype, self.device):
+        with autocast(self.args.dtype, self.device):
             drawn = self.gpt.generate(
                 ids,
                 max_new_tokens=self.new,

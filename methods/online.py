@@ -19,7 +19,6 @@ from torch import Tensor
 import exo
 from data import Builder, Epochs, Groups, Report, decode, evenly_spaced
 from infra.parallel import autocast, gather, rank, score, whole_weights, world
-from infra.rows import one_sentence
 from methods.reward import load_reward
 from model import GPT
 
@@ -39,7 +38,7 @@ def draw(policy, s, prompts: list[list[int]], n: int, generator: torch.Generator
     drawn, gpt, mine = {}, unsharded(policy, s), range(rank(), len(prompts), world())
     for start in range(0, len(mine), size):
         chunk = mine[start : start + size]
-        with one_sentence("drawing", ValueError), autocast(s.dtype, policy.device):
+        with autocast(s.dtype, policy.device):
             ys = gpt.generate(
                 [prompts[i] for i in chunk],
                 max_new_tokens=new,

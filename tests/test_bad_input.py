@@ -32,7 +32,7 @@ from infra.checkpoint import GO_ON
 from infra.huggingface import save_pretrained
 from infra.parallel import pick_device
 from infra.rows import InputError, Report, read_files
-from model import GPT, GPTConfig, draw
+from model import GPT, GPTConfig
 
 BYTES = data.byte_encoding()
 SIZES = [pytest.param(1, id="few"), pytest.param(10, id="many", marks=pytest.mark.slow)]
@@ -246,7 +246,6 @@ def sample_from(path: Path) -> None:
     "name", ["ckpt.pt", "pytorch_model.bin", "model.safetensors", "config.json"]
 )
 def test_spoiled_weights_are_loaded_or_refused(name, times, tmp_path):
-    """Flipped bits make other numbers, which may be too large to draw with: that is said, too."""
     rng, gpt = random.Random(name), GPT(CONFIG, torch.Generator().manual_seed(0))
     if name == "ckpt.pt":
         about = {"config": vars(CONFIG), "encoding": "bytes", "temperature": 1.0}
@@ -363,11 +362,6 @@ def test_a_gpu_that_is_not_there_is_a_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="--device cuda:1: this machine has 1"):
         pick_device("cuda:1")
-
-
-def test_logits_that_are_no_numbers_draw_no_token():
-    with pytest.raises(ValueError, match="logits are not finite"):
-        draw(torch.tensor([[0.0, torch.nan]]), torch.tensor([0.5]))
 
 
 def test_metrics_of_another_kind_are_refused(world, refusal):
