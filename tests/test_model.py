@@ -690,7 +690,7 @@ def test_draw_is_exact_just_below_a_step():
 
 
 @pytest.mark.parametrize(
-    "place, top_k, expected",
+    ("place", "top_k", "expected"),
     [(1, None, [2, 2]), (3, None, [2, 3]), (4, None, [2, 3]), (0, 1, [2, 2])],
 )
 def test_a_search_that_ends_on_a_masked_token_takes_the_likeliest(
