@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 import torch.nn.functional as F
 
@@ -219,6 +220,16 @@ RAGGED = [
     ([9], [([1, 1], False)]),
     ([2, 2], [([3, 4, 5, 6, 7], False), [0]]),
 ]
+
+
+def merging_encoding() -> tiktoken.Encoding:
+    """Bytes, and "ab" as one token: what a completion begins with could join its prompt."""
+    return tiktoken.Encoding(
+        "merging",
+        pat_str=r"(?s:.+)",
+        mergeable_ranks={bytes([b]): b for b in range(256)} | {b"ab": 256},
+        special_tokens={"<|endoftext|>": 257},
+    )
 
 
 def some_groups() -> data.Groups:

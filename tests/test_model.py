@@ -270,8 +270,8 @@ def products(monkeypatch) -> list:
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_chunked_logps_equal_plain_autograd(chunk, temperature, products, monkeypatch):
     """Chunks of one word up to all of them, last chunks that are not full. Guards the hand-written
-    gradient: sign, temperature, target, chunk offsets. Numerical differentiation knows no formula
-    at all. In both passes the logits held at once are those of one chunk."""
+    gradient: sign, temperature, target, chunk offsets. In both passes the logits held at once are
+    those of one chunk."""
     x, weight, targets, grad = head_case()
     plain = plain_logps(x, weight, targets, temperature)
     expected = torch.autograd.grad(plain, (x, weight), grad)
@@ -281,10 +281,6 @@ def test_chunked_logps_equal_plain_autograd(chunk, temperature, products, monkey
     all_near(torch.autograd.grad(logps, (x, weight), grad), expected, 1e-12)
     sizes = [len(x) * min(chunk, V - start) for start in range(0, V, chunk)]
     assert [n for a, _, n in products if a.shape == x.shape] == 2 * sizes
-    five = x[:5].detach().requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x, w: token_logps(x, w, targets[:5], temperature), (five, weight)
-    )
 
 
 @pytest.mark.parametrize("chunk", [4, 4096])
