@@ -141,6 +141,7 @@ def records(out: str | Path, kind: str = "") -> list[dict]:
 def assert_same_run(a: Path, b: Path, tolerance: float = 0.0) -> None:
     """Bit for bit, or nearly: records, weights, optimizer and what the stage keeps."""
     for x, y in zip(records(a), records(b), strict=True):
+        assert x.pop("kind") == y.pop("kind")
         assert y == pytest.approx(x, rel=1e3 * tolerance, abs=1e3 * tolerance)
     x, y = map(load_checkpoint, (a, b))
     near = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}

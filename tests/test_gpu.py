@@ -1,16 +1,14 @@
 """What a GPU must do as a CPU does: the same log-probs, gradients, text and runs. Marked `gpu`, and
 skipped without CUDA; what is quick runs on the CPU, too."""
 
-import json
-import random
-
 import numpy as np
 import pytest
 import torch
+from conftest import World, records, seeded
 
-import train
-from data import Builder, Groups, Report, collate
+from data import Builder, collate
 from infra.parallel import rounding
+from infra.rows import Report
 from model import GPT, GPTConfig, Scorer
 
 CUDA = pytest.param(
@@ -34,45 +32,40 @@ def whole_float32():
 
 def sharp_gpt(device: str = "cpu") -> GPT:
     """Random weights larger than a fresh model's, whose log-probs are all near -log 300."""
-    generator = torch.Generator().manual_seed(0)
-    gpt = GPT(CONFIG, generator)
+    gpt = GPT(CONFIG, generator := seeded(0))
     for p in gpt.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=generator)
     return gpt.to(device)
 
 
-def groups_of(config: GPTConfig, prompt: int, completion: int, K: int, n: int) -> Groups:
-    """n groups, all of the same lengths; the end of text is one of the completion's tokens."""
-    rng = np.random.default_rng(0)
-
-    def ids(length: int) -> list[int]:
-        return rng.integers(1, config.vocab_size, length).tolist()
-
-    builder = Builder(prompt + completion, 0, Report())
-    for _ in range(n):
-        completions = [ids(completion - 1) for _ in range(K)]
-        builder.add(ids(prompt), completions, [float(k) for k in range(K)])
-    return builder.groups()
-
-
 def a_batch(device: str):
-    groups = groups_of(CONFIG, 40, 30, 3, 4)
-    return collate(groups, np.arange(4), rounding(torch.device(device))).to(device)
+    """4 groups of 3 completions, all of the same lengths."""
+    rng, builder = np.random.default_rng(0), Builder(CONFIG.block_size, 0, Report())
+    for _ in range(4):
+        builder.add(rng.integers(1, 300, 40), [rng.integers(1, 300, 29) for _ in range(3)])
+    return collate(builder.groups(), np.arange(4), rounding(torch.device(device))).to(device)
+
+
+def gradient(scorer, logps: torch.Tensor) -> torch.Tensor:
+    gradients = torch.autograd.grad(logps.square().mean(), list(scorer.parameters()))
+    assert {g.dtype for g in gradients} == {torch.float32}
+    return torch.cat([g.flatten() for g in gradients])
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_bf16_log_probs_are_near_float32(device):
     """Measured on a CPU, in nats a token: 0.017 at most, 0.004 on average. Allowed: three times
-    that."""
+    that; and gradients, which are float32, within a tenth of their size."""
     scorer, batch = Scorer(sharp_gpt(device)), a_batch(device)
-    with torch.no_grad():
-        exact = scorer(batch)
-        with torch.autocast(device, torch.bfloat16):
-            logps = scorer(batch)
+    exact = scorer(batch)
+    with torch.autocast(device, torch.bfloat16):
+        logps = scorer(batch)
     gap = (logps - exact)[batch.targets >= 0].abs()
     assert logps.dtype == torch.float32
     assert 0 < gap.max() < 0.05
     assert gap.mean() < 0.012
+    x, y = gradient(scorer, exact), gradient(scorer, logps)
+    assert (y - x).norm() < 0.1 * x.norm()
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -81,13 +74,10 @@ def test_compiled_equals_eager(device):
     is captured and differentiated as for a GPU, but no code is generated: that takes a minute."""
     gpt, batch = sharp_gpt(device), a_batch(device)
     backend = "inductor" if device == "cuda" else "aot_eager"
-    found = []
-    for scorer in (Scorer(gpt), torch.compile(Scorer(gpt), backend=backend)):
-        logps = scorer(batch)
-        gradients = torch.autograd.grad(logps.square().mean(), list(gpt.parameters()))
-        found.append((logps, torch.cat([g.flatten() for g in gradients])))
-    (a, x), (b, y) = found
+    scorers = Scorer(gpt), torch.compile(Scorer(gpt), backend=backend)
+    a, b = (scorer(batch) for scorer in scorers)
     torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+    x, y = gradient(gpt, a), gradient(gpt, b)
     assert (y - x).norm() < 1e-3 * x.norm()
 
 
@@ -107,7 +97,7 @@ def test_cuda_log_probs_are_the_cpus():
 def test_cuda_draws_the_cpus_text(temperature, device):
     """The same uniforms give the same tokens; a near tie would show as one unlike row."""
     prompts, new = [[1, 2, 3], [4], [5, 6, 7, 8, 9]], 40
-    uniform = torch.rand(2 * len(prompts), new, generator=torch.Generator().manual_seed(1))
+    uniform = torch.rand(2 * len(prompts), new, generator=seeded(1))
     texts = [
         sharp_gpt(d).generate(prompts, new, 2, temperature, eot=0, uniform=uniform)
         for d in ("cpu", device)
@@ -116,30 +106,18 @@ def test_cuda_draws_the_cpus_text(temperature, device):
 
 
 @pytest.mark.parametrize("device", [CUDA])
-def test_a_cuda_run_is_near_the_cpus(device, tmp_path):
+def test_a_cuda_run_is_near_the_cpus(device, world: World):
     """sft and exo through train.main in float32: held-out losses within 1e-3; and in bfloat16, the
     choice on cuda, the run ends and learns."""
-    rng = random.Random(0)
-    rows = [
-        {"prompt": f"{rng.random():.2f}", "chosen": f" yes {i}", "rejected": f" no {i} {i}"}
-        for i in range(24)
-    ]
-    data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shape = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 64".split()
-    short = "--max_iters 6 --eval_interval 3 --learning_rate 1e-3".split()
 
-    def losses(name: str, stage: str, *more: str) -> list[float]:
-        argv = [stage, "--data", str(data), "--eval_data", str(data), *short, *more]
-        assert train.main([*argv, "--out", str(tmp_path / name)]) == 0
-        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-        return [r["loss"] for r in lines if r["kind"] == "eval"]
+    def losses(stage: str, *more: str) -> list[float]:
+        out = world.run(stage, *more, out="-".join([stage, *more]).replace("--", ""))
+        return [r["loss"] for r in records(out, "eval")]
 
-    exact = ("--dtype", "float32", "--device")
-    sft = [losses(f"sft-{d}", "sft", *shape, *exact, d) for d in ("cpu", device)]
-    assert sft[1] == pytest.approx(sft[0], abs=1e-3)
-    rest = ("--init", str(tmp_path / "sft-cpu"), "--kl_samples", "4", "--max_new_tokens", "8")
-    exo = [losses(f"exo-{d}", "exo", *rest, *exact, d) for d in ("cpu", device)]
-    assert exo[1] == pytest.approx(exo[0], abs=1e-3)
-    first, *_, last = losses("bf16", "exo", *rest, "--device", device)
+    for stage in ("sft", "exo"):
+        on_cpu, there = (
+            losses(stage, "--dtype", "float32", "--device", d) for d in ("cpu", device)
+        )
+        assert there == pytest.approx(on_cpu, abs=1e-3)
+    first, *_, last = losses("exo", "--device", device)
     assert last < first
