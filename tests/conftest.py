@@ -123,8 +123,7 @@ def refusal(capsys):
 
 
 def write_rows(path: Path, rows: list) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+    return str(save(path.parent, lines(*rows), path.name))
 
 
 def read_rows(path: str | Path) -> list[dict]:
@@ -201,6 +200,13 @@ def tiny_gpt(seed=0, dtype=torch.float64, scale=0.4, **sizes) -> GPT:
         one = 1.0 if name.endswith("weight") and "ln_" in name else 0.0
         p.data = one + scale * torch.randn(p.shape, generator=generator, dtype=torch.float64)
     return gpt.to(dtype)
+
+
+def perturb(module: torch.nn.Module) -> None:
+    """Away from where training starts: the reference, or rewards of 0."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p += 0.1 * rand(*p.shape, seed=p.numel()).to(p)
 
 
 def pack(rows: list, eot: int = EOT) -> data.Groups:

@@ -24,6 +24,8 @@ from conftest import (
     one_batch,
     one_by_one,
     pack,
+    perturb,
+    rand,
     save,
     tiny_gpt,
 )
@@ -469,8 +471,7 @@ def test_log_softmax_is_not_in_half_precision():
     Must hold: from bfloat16 features and weights, logits near -80, log-probs are within 1e-4 of
     float64.
     """
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(6, 9, generator=generator), torch.randn(50, 9, generator=generator)
+    x, weight = rand(6, 9), rand(50, 9, seed=1)
     x[:, 0], weight[:, 0] = 8.0, -10.0  # shifts all logits by -80
     x, weight, targets = x.bfloat16(), weight.bfloat16(), torch.arange(6)
 
@@ -481,11 +482,8 @@ def test_log_softmax_is_not_in_half_precision():
     def rounded_logits(x, weight, out=None):
         return (x @ weight.T).float()
 
-    holds_only_without(
-        check,
-        [(model, "wide", lambda dtype: dtype)],
-        [(model, "wide_logits", rounded_logits)],
-    )
+    half_sums = [(model, "wide", lambda dtype: dtype)]
+    holds_only_without(check, half_sums, [(model, "wide_logits", rounded_logits)])
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -500,10 +498,8 @@ def test_accumulation_changes_neither_gradient_nor_what_is_logged(stage, world):
     def of_8_groups(size):
         more = "--dtype", "float64", "--grad_clip", 0, "--micro_batch_size", size
         s, task = world.task(stage, *more)
-        ids = task.ids(0)
-        with torch.no_grad():  # away from the reference, where all groups lose the same
-            for p in task.policy.scorer.parameters():
-                p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        ids = task.ids(0)  # drawn, where draws are learned from
+        perturb(task.policy.scorer)  # at the reference all groups lose the same
         return *step(s, task, ids), type(task)
 
     def check():
@@ -578,8 +574,7 @@ def test_absent_pairs_are_outside_sum_and_count(name):
     Met in: NVIDIA-NeMo/RL#180.
     Must hold: loss and gradient are those of the other pairs alone.
     """
-    generator = torch.Generator().manual_seed(0)
-    policy = torch.randn(5, 2, dtype=torch.float64, generator=generator).requires_grad_()
+    policy = rand(5, 2).requires_grad_()
     ref, target = torch.zeros(5, 2), exo.preference_target(0.1)
     there = torch.tensor([True, False, True, True, False])
     mask = there[:, None].expand(-1, 2)

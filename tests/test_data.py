@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import lines, merging_encoding, one_batch, pack, save
+from conftest import lines, one_batch, pack, save
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -62,15 +62,12 @@ def test_byte_encoding_round_trips_any_text_as_its_bytes(text):
     assert ENC.decode(ids(text)) == text
 
 
-def test_byte_encoding_has_257_tokens_and_the_last_is_end_of_text():
+def test_an_encoding_is_named_bytes_or_module_and_function():
+    """Of bytes end-of-text is the 257th."""
     assert (ENC.n_vocab, ENC.eot_token, ENC.name) == (257, EOT, "bytes")
     assert data.get_encoding("bytes").decode([65, EOT]) == "A<|endoftext|>"
-
-
-def test_an_encoding_of_ones_own_is_named_module_and_function():
     own = data.get_encoding("conftest:merging_encoding")
     assert own.encode_ordinary("xab") == [120, 256]
-    assert own.eot_token == merging_encoding().eot_token
 
 
 @pytest.mark.parametrize(

@@ -110,12 +110,6 @@ def test_every_loss_drops_what_is_absent(name, holes):
         torch.testing.assert_close(raw, (value, grad))
 
 
-def test_every_loss_asks_no_device_for_numbers(name):
-    """Tensors without numbers: whoever looked at one would fail, as a GPU would have to wait."""
-    policy, *more = (x.to("meta") for x in batch_for(name))
-    assert ask(name, policy.requires_grad_(), *more).shape == ()
-
-
 # ------------------------------------------------------------------------------
 # An oracle: torch.distributions, group by group. test_golden.py has another, one float at a time
 
@@ -376,7 +370,7 @@ def loop_accuracy(scores, target, mask):
         marks = []
         for i, j in itertools.permutations([k for k in range(len(here)) if here[k]], 2):
             if p[i] > p[j]:
-                tie = abs(row[i] - row[j]) <= 1e-4
+                tie = not abs(row[i] - row[j]) > 1e-4  # of two that are -inf, too
                 marks.append(0.5 if tie else float(row[i] > row[j]))
         shares.append(sum(marks) / len(marks) if marks else 0.5)
     return sum(shares) / len(shares)

@@ -220,27 +220,6 @@ def test_scorer_equals_a_loop_at_its_edges_and_in_float32(raw, block_size, round
     check_scorer(raw, round_to, 1.3, torch.float32, 1e-5, block_size=block_size)
 
 
-def test_padding_touches_neither_log_probs_nor_gradients():
-    """Other tokens in padded and absent places, and spare entries of `scored` that point elsewhere:
-    the same bits. Guards padding that is attended to, or scored; nothing is written in place."""
-    gpt, batch = tiny(3), one_batch(pack(RAGGED[::2]), 8)
-    real = torch.arange(batch.prefix.shape[1]) < batch.prefix_len[:, None]
-    unread = batch.targets < 0
-    spare = unread.flatten()[batch.scored]
-    assert spare.sum() == 2
-    other = batch._replace(
-        prefix=batch.prefix.masked_fill(~real, 5),
-        idx=batch.idx.masked_fill(unread, 7),
-        scored=batch.scored.masked_scatter(spare, unread.flatten().nonzero()[-2:, 0]),
-    )
-    assert all((a != b).any() for a, b in zip(batch, other, strict=True) if a is not b)
-    before = [x.detach().clone() for x in (*batch, *gpt.parameters())]
-    a, b = Scorer(gpt)(batch), Scorer(gpt)(other)
-    assert torch.equal(a, b)
-    assert all_equal(gradients(gpt, a.sum()), gradients(gpt, b.sum()))
-    assert all_equal((*batch, *gpt.parameters()), before)
-
-
 # ------------------------------------------------------------------------------
 # The head in chunks
 
@@ -347,18 +326,6 @@ def test_tree_levels_of_several_tokens_equal_a_plain_forward(shapes):
     for i, (rows, time) in enumerate(shapes):
         path = [above.repeat_interleave(rows // len(above), 0) for above in levels[: i + 1]]
         assert far(ours[i].view(rows, time, V), gpt(torch.cat(path, 1))[:, -time:]) < 1e-12
-
-
-def test_tree_masks_hide_what_they_say():
-    """An explicit mask, at the root and below it: hiding the first token everywhere equals a text
-    that begins with the second."""
-    gpt = tiny(14)
-    idx, pos = torch.tensor([1, 2, 3, 4, 5]), torch.arange(5)
-    root = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.bool)[None, None]
-    leaf = torch.tensor([[0, 1, 1, 1, 0], [0, 1, 1, 1, 1]], dtype=torch.bool)[None, None]
-    hidden = gpt.hidden(idx, pos, Tree(gpt.config.n_head, [(1, 3), (1, 2)], [root, leaf]))
-    alone = gpt.hidden(idx[1:], pos[1:], Tree(gpt.config.n_head, [(1, 4)]))
-    assert far(hidden[1:], alone) < 1e-12
 
 
 # ------------------------------------------------------------------------------

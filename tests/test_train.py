@@ -18,6 +18,8 @@ from conftest import (
     STAGES,
     World,
     assert_same_run,
+    one_batch,
+    perturb,
     read_rows,
     records,
     slow_logps,
@@ -72,10 +74,9 @@ def test_preference_starts_where_policy_equals_reference(stage, world):
 def test_an_evaluation_is_the_training_loss_over_all_held_out_groups(stage, world):
     """In passes of 3, each with its weight, as in one batch of them all."""
     s, task = world.task(stage, "--micro_batch_size", 3, "--dtype", "float64")
+    perturb(task.policy.scorer)
     with torch.no_grad():
-        for p in task.policy.scorer.parameters():  # away from the reference, and from rewards of 0
-            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-        loss, figures = task.loss(data.collate(task.held_out, np.arange(40)))
+        loss, figures = task.loss(one_batch(task.held_out))
     expected = {"loss": loss.item(), **{k: x.item() for k, x in figures.items()}}
     assert train.held_out_figures(s, task) == pytest.approx(expected)
 
@@ -392,26 +393,20 @@ def test_a_run_is_not_overwritten_by_accident(world, refusal):
         ("exo --data PAIRS --init PAIRS", "no file of torch.save"),
         ("exo --data PAIRS --init SFT --label_smoothing 0", "infinite"),
         ("dpo --data PAIRS --init SFT --label_smoothing 0.5", "must be 0 <= eps < 0.5, got 0.5"),
-        ("kto --data PAIRS --init SFT --online --reward math:sqrt", "invalid choice: 'kto'"),
         ("dpo --data PAIRS --init SFT --n_embd 32", "--n_embd 32 disagrees with --init"),
         ("dpo --data PAIRS --init SFT --encoding gpt2", "disagrees with --init"),
         ("dpo --data PAIRS --init SFT --device tpu", "--device tpu is not there"),
         ("sft --data PAIRS --n_embd 10 --n_head 3", "must be divisible by"),
-        ("sft --data PAIRS --encoding klingon", "unknown encoding 'klingon'"),
         ("sft --data PAIRS --epochs 1 --max_iters 2", "not both"),
         ("sft --data PAIRS --resume", "holds no run with a checkpoint"),
-        ("reward --data F --label_smoothing 0.5", "--label_smoothing must be 0 <= eps < 0.5"),
         ("ppo --data F --init F", "ppo needs --reward"),
         ("ppo --data F --reward m:f", "ppo needs --init"),
         ("exo --data F --init F --online", "exo --online needs --reward"),
         ("dpo --data F --init F --online --reward m:f --K 1", "--K must be at least 2 to compare"),
         ("sft --data F --online", "--online is for exo and dpo"),
-        ("ppo --data F --init F --reward m:f --online", "--online is for exo and dpo"),
         ("exo --data F --init F --reward m:f --kl_samples 0", "--kl_samples must not be 0"),
-        ("ppo --data PAIRS --init SFT --reward nowhere", "no checkpoint at nowhere"),
         ("ppo --data PAIRS --init SFT --reward SFT", "is no reward model: its stage is sft"),
         ("ppo --data PAIRS --init SFT --reward no_module:f", "--reward no_module:f: No module"),
-        ("ppo --data PAIRS --init SFT --reward math:absent", "has no attribute 'absent'"),
         *((f"{name} --data PAIRS --init RM", "is a reward model: it rates") for name in exo.LOSSES),
         ("sft --data PAIRS --init RM", "is a reward model: it rates text and writes none"),
     ],
