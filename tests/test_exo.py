@@ -247,22 +247,19 @@ def test_impossible_is_not_absent():
 
 
 @both_losses
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1e4, -1e4])
-def test_log_ratios_and_rewards_of_ten_thousand_give_finite_loss_and_gradient(loss, dtype, size):
-    """A policy that has run away is still a number, for pairs and for groups; p = e^-20000
-    underflows, its logarithm does not."""
+def test_log_ratios_and_rewards_of_ten_thousand_give_finite_loss_and_gradient(loss, size):
+    """A policy that has run away is still a number, for pairs and for groups, in float32; p =
+    e^-20000 underflows, its logarithm does not."""
     group = torch.tensor([[size, 0.0, -size, size, 1.0]])
     for logps, target in (
         (group[:, :2], exo.preference_target(1e-3)),
         (group, exo.reward_target(torch.tensor([[1.0, -1.0, 30.0, 0.0, -30.0]]))),
         (torch.zeros(1, 3), exo.reward_target(torch.tensor([[size, 0.0, -size]]))),
     ):
-        logps = logps.to(dtype)
         value, grad = value_and_grad(loss, logps, torch.zeros_like(logps), target, 1.0)
         assert value.isfinite()
         assert grad.isfinite().all()
-        assert value.dtype == grad.dtype == dtype
 
 
 def gradchecks(loss, policy, *args):

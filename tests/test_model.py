@@ -424,12 +424,10 @@ def test_generate_refuses_what_makes_no_sense(change, message):
 
 def test_generate_leaves_inputs_weights_and_gradients_alone():
     """Guards prompts padded in place, and a graph kept alive by sampling."""
-    gpt = tiny(19).train()
-    prompts = [[1, 2, 3], [4]]
+    gpt, prompts = tiny(19).train(), [[1, 2, 3], [4]]
     weights = [p.detach().clone() for p in gpt.parameters()]
-    texts = gpt.generate(prompts, 5, n=2)
+    assert all(type(i) is int for text in gpt.generate(prompts, 5, n=2) for i in text)
     assert prompts == [[1, 2, 3], [4]]
-    assert all(type(i) is int for text in texts for i in text)
     assert all(p.grad is None and p.requires_grad for p in gpt.parameters())
     assert all_equal(gpt.parameters(), weights)
     assert torch.is_grad_enabled()
