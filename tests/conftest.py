@@ -12,6 +12,7 @@ import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, settings
 
 import data
 import exo
@@ -22,6 +23,12 @@ from model import GPT, GPTConfig
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
+often = settings(  # the same examples each run, however slow or busy the machine
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 ONLINE = [f"{name} --online" for name in exo.LOSSES if not exo.needs(name).pairs]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import lines, one_batch, pack, save
-from hypothesis import HealthCheck, example, given, settings
+from conftest import lines, often, one_batch, pack, save
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import data
@@ -19,12 +19,6 @@ from data import Builder, InputError, Report, collate, epoch_batches, read_group
 
 ENC = data.byte_encoding()
 EOT = 256
-often = settings(
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 
 def ids(text: str) -> list[int]:

@@ -10,8 +10,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import rand
-from hypothesis import HealthCheck, given, settings
+from conftest import often, rand
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
@@ -21,12 +21,6 @@ INF, NAN = math.inf, math.nan
 LOG2 = math.log(2)
 PAPERS = {name: exo.LOSSES[name] for name in ("exo", "dpo")}
 both_losses = pytest.mark.parametrize("loss", PAPERS.values(), ids=PAPERS)
-any_machine = settings(  # the same examples each run, however slow or busy the machine
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
 
 
 def f64(values):
@@ -141,7 +135,7 @@ def groups(draw, logp=LOGPS, reward=REWARDS):
     return *(table(x) for x in (logp, logp, reward, st.booleans())), beta_pi
 
 
-@any_machine
+@often
 @given(groups())
 def test_losses_are_the_two_directions_of_torch_kl_divergence(case):
     """KL(q || p) and KL(p || q) + H(p), of any shape, value and mask: the order of two arguments is
@@ -373,7 +367,7 @@ def loop_accuracy(scores, target, mask):
     return sum(shares) / len(shares)
 
 
-@any_machine
+@often
 @given(groups(st.sampled_from([-INF, -2.0, -1.00005, -1.0]), st.integers(0, 2)))
 def test_accuracy_is_the_mean_over_groups_of_the_share_of_pairs_in_order(case):
     """A tie is a half, and so is a gap that may be rounding, and a group without a comparable

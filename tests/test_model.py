@@ -9,20 +9,13 @@ import math
 
 import pytest
 import torch
-from conftest import EOT, RAGGED, V, one_batch, pack, rand, seeded, slow_logps
+from conftest import EOT, RAGGED, V, often, one_batch, pack, rand, seeded, slow_logps
 from conftest import tiny_gpt as tiny
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import model
 from model import GPT, GPTConfig, Scorer, Tree, draw, token_logps
-
-often = settings(
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 
 def far(a: torch.Tensor, b: torch.Tensor) -> float:
