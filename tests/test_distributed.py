@@ -205,8 +205,3 @@ def test_the_error_of_one_process_ends_all_with_its_sentence(few, tmp_path):
     assert failing.returncode != 0
     assert "train.py: only the second process knows this" in said
     assert time.time() - began < 60
-
-
-def test_shards_need_processes(few, tmp_path, capsys):
-    assert train.main(argv("exo", few, tmp_path / "run", "float32", "--fsdp")) == 2
-    assert "torchrun" in capsys.readouterr().err

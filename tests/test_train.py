@@ -398,6 +398,7 @@ def test_a_run_is_not_overwritten_by_accident(world, refusal):
         ("dpo --data PAIRS --init SFT --device tpu", "--device tpu is not there"),
         ("sft --data PAIRS --n_embd 10 --n_head 3", "must be divisible by"),
         ("sft --data PAIRS --epochs 1 --max_iters 2", "not both"),
+        ("exo --data PAIRS --init SFT --fsdp", "--fsdp needs several processes: torchrun"),
         ("sft --data PAIRS --resume", "holds no run with a checkpoint"),
         ("ppo --data F --init F", "ppo needs --reward"),
         ("ppo --data F --reward m:f", "ppo needs --init"),
