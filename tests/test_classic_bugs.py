@@ -504,6 +504,7 @@ def test_accumulation_changes_neither_gradient_nor_what_is_logged(stage, world):
 
     def check():
         (whole, a, _), (parts, b, _) = map(of_8_groups, (8, 3))
+        assert a.abs().max() > 1e-4
         close(b, a, rtol=1e-9, atol=1e-12)
         for figure in whole.keys() - {"grad_norm"}:
             close(parts[figure], whole[figure], rtol=1e-9, atol=1e-12)

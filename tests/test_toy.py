@@ -300,7 +300,8 @@ def test_pictures_and_animation_are_written(finished):
 
 def test_a_jobs_failure_is_the_runs_and_does_not_wait_for_the_other_workers():
     """The error that a worker met is raised here, as it was: as Ctrl-C in `python train.py`, whose
-    workers may have a minute to go."""
+    workers may have a minute to go. A single job needs no worker."""
+    assert common.in_parallel(divmod, [(7, 2)]) == [(3, 1)]
     with pytest.raises(ZeroDivisionError):
         common.in_parallel(divmod, [(1, 0), (1, 1)])
     with pytest.raises(TypeError):
