@@ -1,13 +1,18 @@
-"""What tests of train.py, sample.py and methods/ share: one small world (files of rows, a tiny sft
-run, a reward model), command lines over it, how to read what a run leaves, and twins by hand."""
+"""What tests share: one small world (files of rows, a tiny sft run, a reward model), command lines
+over it, how to read what a run leaves, two losses as a fork would write them, small models and
+groups of float64, and slow twins of what is done in batches."""
 
 import json
 import os
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiktoken
 import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, settings
 
 import data
 import exo
@@ -18,6 +23,12 @@ from model import GPT, GPTConfig
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
+often = settings(  # the same examples each run, however slow or busy the machine
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 ONLINE = [f"{name} --online" for name in exo.LOSSES if not exo.needs(name).pairs]
@@ -119,8 +130,7 @@ def refusal(capsys):
 
 
 def write_rows(path: Path, rows: list) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+    return str(save(path.parent, lines(*rows), path.name))
 
 
 def read_rows(path: str | Path) -> list[dict]:
@@ -134,36 +144,112 @@ def records(out: str | Path, kind: str = "") -> list[dict]:
     return [r for r in found if kind in ("", r["kind"])]
 
 
-def assert_same_run(a: Path, b: Path) -> None:
-    """Bit for bit: records, weights, optimizer and what the stage keeps."""
-    assert records(a) == records(b)
+def assert_same_run(a: Path, b: Path, tolerance: float = 0.0) -> None:
+    """Bit for bit, or nearly: records, weights, optimizer and what the stage keeps."""
+    for x, y in zip(records(a), records(b), strict=True):
+        assert x.pop("kind") == y.pop("kind")
+        assert y == pytest.approx(x, rel=1e3 * tolerance, abs=1e3 * tolerance)
     x, y = map(load_checkpoint, (a, b))
+    near = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
     for name in x.keys() & {"step", "best", "model", "head", "task"}:
-        torch.testing.assert_close(x[name], y[name], rtol=0, atol=0, equal_nan=True)
-    x, y = (ckpt["optimizer"]["state"] for ckpt in (x, y))
-    torch.testing.assert_close(x, y, rtol=0, atol=0)
+        torch.testing.assert_close(x[name], y[name], **near)
+    torch.testing.assert_close(x["optimizer"]["state"], y["optimizer"]["state"], **near)
 
 
 # ------------------------------------------------------------------------------
-# Modules by hand, in float64
+# Two losses as a fork would write them
 
 
-def tiny_gpt() -> GPT:
-    """Weights large enough to matter."""
-    generator = torch.Generator().manual_seed(0)
-    gpt = GPT(GPTConfig(16, 11, 2, 2, 8), generator).double()
+def ipo_loss(policy_logps, ref_logps, log_target, beta_pi=1.0, mask=None):
+    """Azar et al. 2023, arXiv:2310.12036, Eq. 17: pairs, chosen first."""
+    ratio = policy_logps - ref_logps
+    gap = ratio[:, 0] - ratio[:, 1] - 1 / (2 * beta_pi)
+    return exo.group_mean(gap.square(), mask)
+
+
+def simpo_loss(policy_logps, ref_logps, log_target, beta_pi=1.0, mask=None, *, lengths):
+    """Meng et al. 2024, arXiv:2405.14734, Eq. 6 with gamma 0: no reference, a mean over tokens."""
+    mean = policy_logps / lengths
+    return exo.group_mean(F.softplus(-beta_pi * (mean[:, 0] - mean[:, 1])), mask)
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """`ipo` and `simpo` are stages: a function and an entry each, and beside it what it needs."""
+    for name, loss, needs in (
+        ("ipo", ipo_loss, exo.Needs(pairs=True)),
+        ("simpo", simpo_loss, exo.Needs(pairs=True, reference=False, lengths=True)),
+    ):
+        monkeypatch.setitem(exo.LOSSES, name, loss)
+        monkeypatch.setitem(exo.NEEDS, loss, needs)
+
+
+# ------------------------------------------------------------------------------
+# Models and groups by hand, in float64, of V words
+
+V, EOT = 11, 10
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def tiny_gpt(seed=0, dtype=torch.float64, scale=0.4, **sizes) -> GPT:
+    """Every parameter, biases and LayerNorms too, is of ordinary size: a fresh GPT is nearly linear
+    and nearly uniform, which would hide most mistakes."""
+    sizes = {"block_size": 24, "vocab_size": V, "n_layer": 2, "n_head": 2, "n_embd": 8} | sizes
+    gpt, generator = GPT(GPTConfig(**sizes)).double(), seeded(seed)
+    for name, p in gpt.named_parameters():
+        one = 1.0 if name.endswith("weight") and "ln_" in name else 0.0
+        p.data = one + scale * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    return gpt.to(dtype)
+
+
+def perturb(module: torch.nn.Module) -> None:
+    """Away from where training starts: the reference, or rewards of 0."""
     with torch.no_grad():
-        for p in gpt.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    return gpt
+        for p in module.parameters():
+            p += 0.1 * rand(*p.shape, seed=p.numel()).to(p)
+
+
+def pack(rows: list, eot: int = EOT) -> data.Groups:
+    """[(prompt, completions), ...] -> Groups. A completion is its ids, or (ids, ended)."""
+    builder = data.Builder(10**6, eot, data.Report())
+    for prompt, completions in rows:
+        pairs = [y if isinstance(y, tuple) else (y, True) for y in completions]
+        builder.put(prompt, [ids for ids, _ in pairs], [end for _, end in pairs])
+    return builder.groups()
+
+
+def one_batch(groups: data.Groups, round_to: int = 1) -> data.Batch:
+    return data.collate(groups, np.arange(len(groups)), round_to)
+
+
+RAGGED = [
+    ([1, 2, 3, 4], [[5, 6, 7], [8], []]),
+    ([9], [([1, 1], False)]),
+    ([2, 2], [([3, 4, 5, 6, 7], False), [0]]),
+]
+
+
+def merging_encoding() -> tiktoken.Encoding:
+    """Bytes, and "ab" as one token: what a completion begins with could join its prompt."""
+    return tiktoken.Encoding(
+        "merging",
+        pat_str=r"(?s:.+)",
+        mergeable_ranks={bytes([b]): b for b in range(256)} | {b"ab": 256},
+        special_tokens={"<|endoftext|>": 257},
+    )
 
 
 def some_groups() -> data.Groups:
     """Two groups, of 3 and 2 completions; one completion is cut, one empty, two are equal."""
-    builder = data.Builder(16, 10, data.Report())
-    builder.put([1, 2, 3], [[4, 5], [6], [4, 5]], [True, False, True])
-    builder.put([7], [[], [8, 9, 1, 2]], [True, True])
-    return builder.groups()
+    rows = [([1, 2, 3], [[4, 5], ([6], False), [4, 5]]), ([7], [[], [8, 9, 1, 2]])]
+    return pack(rows)
 
 
 def slow_hidden(gpt: GPT, idx: list[int]) -> torch.Tensor:
@@ -180,5 +266,13 @@ def slow_logps(gpt: GPT, groups: data.Groups, g: int, k: int, temperature=1.0) -
     one text; its end of text, if it has one, is the last."""
     prompt, y = groups.prompt(g), groups.completions(g)[k]
     y = y + [groups.eot] * bool(groups.ended[groups.first[g] + 1 + k])
-    logits = gpt(torch.tensor([prompt + y]))[0, len(prompt) - 1 : -1].double() / temperature
-    return logits.log_softmax(-1).gather(1, torch.tensor(y)[:, None])[:, 0]
+    logits = gpt(torch.tensor([(prompt + y)[:-1] or [0]]))[0, len(prompt) - 1 :].double()
+    y = torch.tensor(y, dtype=torch.long)[:, None]
+    return (logits / temperature).log_softmax(-1).gather(1, y)[:, 0]
+
+
+def one_by_one(gpt: GPT, groups: data.Groups) -> torch.Tensor:
+    """log pi of all completions, group after group; each text alone: no batch, no padding."""
+    sizes = np.diff(groups.first) - 1
+    texts = [(g, k) for g, size in enumerate(sizes) for k in range(size)]
+    return torch.stack([slow_logps(gpt, groups, g, k).sum() for g, k in texts])

@@ -8,28 +8,38 @@ with the bug in its place. A check that cannot fail says nothing.
 """
 
 import copy
-import json
 import math
-from dataclasses import asdict
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 import torch.nn.functional as F
+from conftest import (
+    EOT,
+    RAGGED,
+    STAGES,
+    V,
+    lines,
+    merging_encoding,
+    one_batch,
+    one_by_one,
+    pack,
+    perturb,
+    rand,
+    save,
+    tiny_gpt,
+)
 
 import data
 import exo
 import model
 import train
-from data import Builder, Groups, Report
+from data import Builder, Report
 from infra import parallel
 from model import GPT, GPTConfig, Scorer, Tree
 
-torch.set_num_threads(1)
-CPU = torch.device("cpu")
-V, EOT = 11, 10  # of the tiny models below
 BYTES = data.byte_encoding()
+RAGGED = pack(RAGGED)
 close = torch.testing.assert_close
 
 # What the bugs below take the place of
@@ -51,17 +61,7 @@ def holds_only_without(check, *bugs: list) -> None:
 
 
 # ------------------------------------------------------------------------------
-# Small models and groups
-
-
-def tiny(vocab_size: int = V, n_embd: int = 8) -> GPT:
-    """float64, every parameter of ordinary size: a fresh GPT is too uniform to show a bug."""
-    gpt = GPT(GPTConfig(48, vocab_size, n_layer=2, n_head=2, n_embd=n_embd)).double()
-    generator = torch.Generator().manual_seed(0)
-    for name, p in gpt.named_parameters():
-        one = 1.0 if "ln_" in name and name.endswith("weight") else 0.0
-        p.data = one + 0.4 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
-    return gpt
+# Small models and stages
 
 
 class Bigram(GPT):
@@ -77,67 +77,16 @@ class Bigram(GPT):
         return F.one_hot(idx, self.config.vocab_size).to(self.wte.weight)
 
 
-def groups_of(*rows, block_size: int = 48, eot: int = EOT) -> Groups:
-    """(prompt, [completion, ...]) as token ids, one for each group."""
-    builder = Builder(block_size, eot, Report())
-    for row in rows:
-        builder.add(*row)
-    return builder.groups()
-
-
-RAGGED = groups_of(
-    ([1, 2, 3, 4, 5, 6], [[5, 6, 7], [8]]),
-    ([9], [[1, 1], [2, 3, 4, 5, 6, 7]]),
-    ([2, 2], [[3], [4, 4], [0, 1, 2, 3]]),
-)
-
-
-def whole_batch(groups: Groups, round_to: int = 1) -> data.Batch:
-    return data.collate(groups, np.arange(len(groups)), round_to)
-
-
 def logps(gpt: GPT, batch: data.Batch) -> torch.Tensor:
     """log pi of all completions, group after group."""
     return Scorer(gpt)(batch).sum(-1)[batch.mask]
 
 
-def one_by_one(gpt: GPT, groups: Groups) -> torch.Tensor:
-    """The same, each text alone through GPT.forward: no batch, no padding, nothing shared."""
-    out = []
-    for g in range(len(groups)):
-        prompt = groups.prompt(g)
-        for s in range(groups.first[g] + 1, groups.first[g + 1]):
-            text = groups.segment(s) + [groups.eot] * int(groups.ended[s])
-            table = gpt(torch.tensor([prompt + text[:-1]]))[0, len(prompt) - 1 :].log_softmax(-1)
-            out.append(table[range(len(text)), text].sum())
-    return torch.stack(out)
-
-
-@pytest.fixture(scope="module")
-def stage_of(tmp_path_factory):
-    """(settings, stage) of a real stage that begins with a tiny GPT and reads 20 uneven pairs."""
-    folder, rng = tmp_path_factory.mktemp("classic"), np.random.default_rng(0)
-    texts = [["x" * rng.integers(1, 12) + str(i) for _ in "pcr"] for i in range(20)]
-    rows = [{"prompt": p, "chosen": c + " yes", "rejected": r + " no"} for p, c, r in texts]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    gpt = tiny(BYTES.n_vocab, n_embd=16)
-    weights = {"model": gpt.state_dict(), "config": asdict(gpt.config)}
-    torch.save(weights | {"encoding": "bytes", "temperature": 1.0}, folder / "sft.pt")
-    paths = {"data": [str(folder / "pairs.jsonl")], "init": str(folder / "sft.pt")}
-
-    def make(name: str = "exo", **more):
-        s = train.Settings(name, **paths | {"kl_samples": 0, "grad_clip": 0.0} | more)
-        return s, train.make_stage(s, CPU)
-
-    return make
-
-
 def step(s, stage, ids) -> tuple[dict, torch.Tensor]:
     """(figures that are logged, gradient) of an update from these groups, at learning rate 0."""
     optimizer, seen = train.adamw(stage.policy.scorer, s, 0.0), []
-    optimizer.register_step_pre_hook(
-        lambda *_: seen.extend(p.grad.flatten() for p in stage.policy.scorer.parameters())
-    )
+    trained = [p for p in stage.policy.scorer.parameters() if p.requires_grad]
+    optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.flatten() for p in trained))
     figures, _ = train.update(s, stage, optimizer, ids, 0.0)
     return figures, torch.cat(seen)
 
@@ -156,13 +105,13 @@ def test_the_prompt_is_scored_in_neither_and_every_token_of_the_response_in_both
     W, X, A, B, END = range(5)
     table = torch.full((5, 5), 1 / 8)
     table[X, A], table[X, B], table[A, END], table[B, A] = 1 / 2, 1 / 8, 1 / 2, 1 / 2
-    pair = groups_of(([W, X], [[A], [B, A]]), eot=END)
+    pair = pack([([W, X], [[A], [B, A]])], END)
 
     def check():
         for own in (1 / 2, 1 / 8):  # P(X | W), the prompt's own
             table[W] = (1 - own) / 4
             table[W, X] = own
-            found = logps(Bigram(table), whole_batch(pair))  # P(A|X) P(END|A), P(B|X) P(A|B) ...
+            found = logps(Bigram(table), one_batch(pair))  # P(A|X) P(END|A), P(B|X) P(A|B) ...
             close(found, torch.tensor([1 / 4, 1 / 32], dtype=torch.float64).log())
 
     def prompt_in_the_rejected(self, batch):
@@ -186,12 +135,12 @@ def test_padding_is_not_scored_and_not_seen():
     Met in: huggingface/trl#6803, 0xallam/Direct-Preference-Optimization#4, NVIDIA/NeMo-Aligner#68.
     Must hold: log-probs are those of each text alone, whatever the padding's length and content.
     """
-    gpt = tiny()
+    gpt = tiny_gpt(block_size=48)
     alone = one_by_one(gpt, RAGGED)
 
     def check():
         for round_to in (1, 16):
-            batch = whole_batch(RAGGED, round_to)
+            batch = one_batch(RAGGED, round_to)
             pad = torch.arange(batch.prefix.size(1)) >= batch.prefix_len[:, None]
             for content in range(V):
                 idx = batch.idx.masked_fill(batch.targets < 0, content)
@@ -216,10 +165,10 @@ def test_positions_count_from_each_texts_own_beginning():
     Met in: ndif-team/nnsight#672, huggingface/trl#469, huggingface/trl#6800.
     Must hold: prompts of unlike length give the log-probs, and the samples, that they give alone.
     """
-    gpt, prompts = tiny(), [RAGGED.prompt(g) for g in range(len(RAGGED))]
+    gpt, prompts = tiny_gpt(block_size=48), [RAGGED.prompt(g) for g in range(len(RAGGED))]
 
     def check_training():
-        close(logps(gpt, whole_batch(RAGGED)), one_by_one(gpt, RAGGED))
+        close(logps(gpt, one_batch(RAGGED)), one_by_one(gpt, RAGGED))
 
     def check_sampling():
         alone = [gpt.generate([p], 12, temperature=0.0)[0] for p in prompts]
@@ -248,10 +197,12 @@ def test_end_of_text_is_learned_where_a_text_ended_and_only_there():
     Must hold: it is a target, with a gradient, where the text ended; there is none where it was
     cut.
     """
-    gpt = tiny()
+    gpt = tiny_gpt(block_size=48)
 
     def check():
-        batch = whole_batch(groups_of(([1, 2], [[3, 4], [5] * 10]), block_size=8))
+        builder = Builder(8, EOT, Report())
+        builder.add([1, 2], [[3, 4], [5] * 10])
+        batch = one_batch(builder.groups())
         end = Scorer(gpt)(batch)[0, 0, 2]  # log pi(end of text | 1 2 3 4)
         assert torch.autograd.grad(end, gpt.wte.weight)[0][EOT].abs().max() > 0
         assert batch.targets[0].tolist() == [[3, 4, EOT, -1, -1, -1], [5] * 6]
@@ -282,16 +233,13 @@ def test_cutting_leaves_no_pair_identical_or_empty(tmp_path):
         {"prompt": "Q", "chosen": 40 * "a" + "b", "rejected": 40 * "a" + "c"},
         {"prompt": 100 * "Q", "chosen": "yes", "rejected": "no"},
     ]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path = save(tmp_path, lines(*rows))
 
     def check():
         groups, report = data.read_groups([path], BYTES, block_size=16)
         assert report.unusable == {"identical within block_size": 1}
         assert len(groups) == 2
-        for chosen, rejected in map(groups.completions, range(2)):
-            assert chosen == list(b"yes")
-            assert rejected == list(b"no")
+        assert all(groups.completions(g) == [list(b"yes"), list(b"no")] for g in range(2))
 
     def cut_as_one_text(self, prompt, completions, rewards=None, ended=True, place=""):
         cut = [np.append(prompt, y)[: self.block_size][len(prompt) :] for y in completions]
@@ -312,13 +260,12 @@ def test_special_tokens_in_text_are_text_and_nothing_is_put_before_it(tmp_path):
     Must hold: the tokens are those of the text, and no more; end-of-text is scored once.
     """
     row = {"prompt": "a<|endoftext|>", "chosen": "<|endoftext|>b", "rejected": "c"}
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row))
+    path = save(tmp_path, lines(row))
 
     def check():
         groups, _ = data.read_groups([path], BYTES, block_size=64)
         assert [groups.segment(s) for s in range(3)] == [list(row[k].encode()) for k in row]
-        batch = whole_batch(groups)
+        batch = one_batch(groups)
         assert (batch.targets == BYTES.eot_token).sum(-1).tolist() == [[1, 1]]
 
     def as_control(encoding, text):
@@ -338,18 +285,14 @@ def test_prompt_and_completion_are_joined_as_ids(tmp_path):
     huggingface/trl#1153.
     Must hold: prompt and completions have the ids that they have alone, in a batch, too.
     """
-    ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256}
-    merging = tiktoken.Encoding(
-        "merging", pat_str=r"(?s:.+)", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257}
-    )
+    merging = merging_encoding()
     row = {"prompt": "a", "chosen": "bcc", "rejected": "c"}
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row))
+    path = save(tmp_path, lines(row))
 
     def check():
         groups, _ = data.read_groups([path], merging, block_size=16)
         assert groups.completions(0) == [list(b"bcc"), list(b"c")]
-        assert whole_batch(groups).idx[0].tolist() == [list(b"abcc"), [*b"ac", 0, 0]]
+        assert one_batch(groups).idx[0].tolist() == [list(b"abcc"), [*b"ac", 0, 0]]
 
     def as_one_text(self, prompt, completions, *rest, **more):
         texts = [merging.decode([*prompt, *y]) for y in completions]
@@ -367,11 +310,11 @@ def test_packed_texts_do_not_see_each_other():
     have alone, in float64. (Running text for sft is cut into blocks, where texts do meet: data.py
     says so.)
     """
-    gpt = tiny()
+    gpt = tiny_gpt(block_size=48)
     weights = torch.linspace(-1, 1, int(RAGGED.is_completion().sum()), dtype=torch.float64)
 
     def check():
-        found, alone = logps(gpt, whole_batch(RAGGED)), one_by_one(gpt, RAGGED)
+        found, alone = logps(gpt, one_batch(RAGGED)), one_by_one(gpt, RAGGED)
         close(found, alone)
         both = [torch.autograd.grad(x @ weights, list(gpt.parameters())) for x in (found, alone)]
         for gradient, gradient_alone in zip(*both, strict=True):
@@ -394,32 +337,40 @@ def test_packed_texts_do_not_see_each_other():
 # The reference
 
 
+class Compiled(torch.nn.Module):
+    """Stands for what torch.compile gives: the same function, rounded otherwise."""
+
+    def __init__(self, module, **how):
+        super().__init__()
+        self._orig_mod = module
+
+    def forward(self, batch):
+        return self._orig_mod(batch) * (1 + 1e-3)
+
+
 SAME_PATH = {  # how the policy may be computed; the reference goes with it
-    "float32": {},
-    "bfloat16": {"dtype": "bfloat16"},
-    "checkpointing": {"gradient_checkpointing": True},
-    "accumulation": {"micro_batch_size": 3},
-    "compile": {"compile": True, "batch_size": 20},  # all groups: one shape to capture
+    "float32": [],
+    "bfloat16": ["--dtype", "bfloat16"],
+    "checkpointing": ["--gradient_checkpointing"],
+    "accumulation": ["--micro_batch_size", 3],
+    "compile": ["--compile", "--micro_batch_size", 3],
 }
 
 
 @pytest.mark.parametrize("how", SAME_PATH)
-def test_the_reference_is_computed_as_the_policy_is(how, stage_of, monkeypatch):
+def test_the_reference_is_computed_as_the_policy_is(how, world, monkeypatch):
     """The reference runs in another precision, or through other code, than the policy.
 
     Met in: eric-mitchell/direct-preference-optimization#34, NVIDIA/NeMo-Aligner#228.
     Must hold: before the first step every log-ratio is exactly 0, in float32 and bfloat16, with
     checkpointing, accumulation and compile.
     """
-    compiled = torch.compile  # the graph is captured, no code is generated: that takes a minute
-    monkeypatch.setattr(
-        torch, "compile", lambda module, **how: compiled(module, backend="eager", **how)
-    )
+    monkeypatch.setattr(torch, "compile", Compiled)
 
     def check():
-        s, stage = stage_of("exo", **SAME_PATH[how])
-        for i in range(stage.steps):
-            figures, _ = step(s, stage, stage.ids(i))  # at learning rate 0
+        s, task = world.task("exo", "--max_iters", 3, *SAME_PATH[how])
+        held_out = train.held_out_figures(s, task)
+        for figures in (held_out, *(step(s, task, task.ids(i))[0] for i in range(task.steps))):
             ratios = figures["margin"], figures["chosen_logratio"], figures["rejected_logratio"]
             assert ratios == (0, 0, 0)
 
@@ -428,7 +379,8 @@ def test_the_reference_is_computed_as_the_policy_is(how, stage_of, monkeypatch):
 
     def through_forward(module, groups, *rest):
         out = torch.zeros(len(groups.ended), dtype=torch.float64)
-        out[groups.is_completion()] = one_by_one(module.gpt, groups).detach().double()
+        gpt = getattr(module, "_orig_mod", module).gpt
+        out[groups.is_completion()] = one_by_one(gpt, groups).detach()
         return out
 
     def in_other_batches(module, groups, size, device, dtype, batches, *rest):
@@ -445,7 +397,7 @@ def global_order(groups, batch_size, seed, epoch):
     return np.array_split(np.random.permutation(len(groups)), len(groups) // batch_size)
 
 
-def test_a_stored_reference_gives_the_run_of_a_live_one(stage_of):
+def test_a_stored_reference_gives_the_run_of_a_live_one(world):
     """Stored log-probs of the reference are lost, or unlike those computed on the way, or to store
     them changes the order of the data.
 
@@ -455,11 +407,11 @@ def test_a_stored_reference_gives_the_run_of_a_live_one(stage_of):
 
     def run(live: bool) -> tuple[list, torch.Tensor]:
         torch.manual_seed(0)
-        np.random.seed(0)
+        np.random.seed(1)
         with pytest.MonkeyPatch.context() as patch:
             if live:
                 patch.setattr(train.Preference, "ask_reference", lambda *_: None)
-            s, stage = stage_of("dpo", batch_size=4)
+            s, stage = world.task("dpo", "--epochs", 1)
         if live:
             reference, loss = stage.policy.reference(), stage.loss
             stage.loss = lambda b: loss(b._replace(ref_logps=reference(b).sum(-1)))
@@ -497,7 +449,7 @@ def test_there_is_no_dropout():
     Met in: huggingface/trl#744, huggingface/trl#3500.
     Must hold: two forward passes in training mode are equal, bit for bit.
     """
-    scorer, batch = Scorer(tiny()).train(), whole_batch(RAGGED)
+    scorer, batch = Scorer(tiny_gpt(block_size=48)).train(), one_batch(RAGGED)
 
     def check():
         assert torch.equal(scorer(batch), scorer(batch))
@@ -519,8 +471,7 @@ def test_log_softmax_is_not_in_half_precision():
     Must hold: from bfloat16 features and weights, logits near -80, log-probs are within 1e-4 of
     float64.
     """
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(6, 9, generator=generator), torch.randn(50, 9, generator=generator)
+    x, weight = rand(6, 9), rand(50, 9, seed=1)
     x[:, 0], weight[:, 0] = 8.0, -10.0  # shifts all logits by -80
     x, weight, targets = x.bfloat16(), weight.bfloat16(), torch.arange(6)
 
@@ -531,15 +482,12 @@ def test_log_softmax_is_not_in_half_precision():
     def rounded_logits(x, weight, out=None):
         return (x @ weight.T).float()
 
-    holds_only_without(
-        check,
-        [(model, "wide", lambda dtype: dtype)],
-        [(model, "wide_logits", rounded_logits)],
-    )
+    half_sums = [(model, "wide", lambda dtype: dtype)]
+    holds_only_without(check, half_sums, [(model, "wide_logits", rounded_logits)])
 
 
-@pytest.mark.parametrize("name", ["exo", "sft"])
-def test_accumulation_changes_neither_gradient_nor_what_is_logged(name, stage_of):
+@pytest.mark.parametrize("stage", STAGES)
+def test_accumulation_changes_neither_gradient_nor_what_is_logged(stage, world):
     """Micro-batches are averaged whatever they hold, or not divided by their number, or the loss of
     the last one is logged.
 
@@ -548,27 +496,28 @@ def test_accumulation_changes_neither_gradient_nor_what_is_logged(name, stage_of
     """
 
     def of_8_groups(size):
-        s, stage = stage_of(name, dtype="float64", micro_batch_size=size)
-        for p in stage.policy.gpt.parameters():
-            p.data *= 1.1  # away from the reference, where all groups lose the same
-        return step(s, stage, np.arange(8))
+        more = "--dtype", "float64", "--grad_clip", 0, "--micro_batch_size", size
+        s, task = world.task(stage, *more)
+        ids = task.ids(0)  # drawn, where draws are learned from
+        perturb(task.policy.scorer)  # at the reference all groups lose the same
+        return *step(s, task, ids), type(task)
 
     def check():
-        (whole, a), (parts, b) = map(of_8_groups, (None, 3))
+        (whole, a, _), (parts, b, _) = map(of_8_groups, (8, 3))
+        assert a.abs().max() > 1e-4
         close(b, a, rtol=1e-9, atol=1e-12)
         for figure in whole.keys() - {"grad_norm"}:
             close(parts[figure], whole[figure], rtol=1e-9, atol=1e-12)
 
-    def last_is_logged(s, stage, *rest):
-        losses, loss = [], stage.loss
-        stage.loss = lambda batch: losses.append(loss(batch)) or losses[-1]
-        figures, work = update(s, stage, *rest)
+    def last_is_logged(s, task, *rest):
+        losses, loss = [], task.loss
+        task.loss = lambda batch: losses.append(loss(batch)) or losses[-1]
+        figures, work = update(s, task, *rest)
         return figures | {"loss": losses[-1][0].detach()}, work
 
-    stage_class = {"exo": train.Preference, "sft": train.SFT}[name]
     holds_only_without(
         check,
-        [(stage_class, "weigh", lambda self, batch: 1)],  # the last one holds less
+        [(of_8_groups(8)[-1], "weigh", lambda self, batch: 1)],  # the last one holds less
         [(train, "sum", max)],  # of the weights: each micro-batch a mean of its own, added up
         [(train, "update", last_is_logged)],
     )
@@ -582,11 +531,11 @@ def test_log_probs_are_summed_over_tokens():
     """
     A, END = 0, 1
     coin = Bigram(torch.full((2, 2), 1 / 2))
-    pair = groups_of(([A], [[A, A, A], [A]]), eot=END)
+    pair = pack([([A], [[A, A, A], [A]])], END)
 
     def check():
         want = torch.tensor([1 / 16, 1 / 4], dtype=torch.float64).log()
-        close(logps(coin, whole_batch(pair)), want)
+        close(logps(coin, one_batch(pair)), want)
 
     def mean(self, batch):
         return forward(self, batch) / batch.lengths()[..., None]
@@ -626,8 +575,7 @@ def test_absent_pairs_are_outside_sum_and_count(name):
     Met in: NVIDIA-NeMo/RL#180.
     Must hold: loss and gradient are those of the other pairs alone.
     """
-    generator = torch.Generator().manual_seed(0)
-    policy = torch.randn(5, 2, dtype=torch.float64, generator=generator).requires_grad_()
+    policy = rand(5, 2).requires_grad_()
     ref, target = torch.zeros(5, 2), exo.preference_target(0.1)
     there = torch.tensor([True, False, True, True, False])
     mask = there[:, None].expand(-1, 2)
@@ -651,7 +599,7 @@ def test_absent_pairs_are_outside_sum_and_count(name):
     )
 
 
-def test_losses_leave_their_arguments_alone_and_read_label_smoothing(stage_of):
+def test_losses_leave_their_arguments_alone_and_read_label_smoothing(world):
     """The loss writes labels into its arguments, with an eps of its own: the setting is never read.
 
     Met in: haozheji/exact-optimization (src/align_stage/loss.py).
@@ -667,7 +615,7 @@ def test_losses_leave_their_arguments_alone_and_read_label_smoothing(stage_of):
             loss(*given[:3], 0.5, mask)
             assert all(map(torch.equal, given, before))
         for eps in (0.001, 0.1):
-            s, stage = stage_of("exo", label_smoothing=eps)
+            s, stage = world.task("exo", "--label_smoothing", eps)
             known = -math.log(2) - math.log(eps * (1 - eps)) / 2  # KL((.5, .5) || (1 - eps, eps))
             assert step(s, stage, stage.ids(0))[0]["loss"].item() == pytest.approx(known, rel=1e-5)
 

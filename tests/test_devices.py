@@ -8,11 +8,11 @@ rounded as on a GPU; on `cuda` itself where there is one.
 
 import contextlib
 import functools
-import json
 
 import numpy as np
 import pytest
 import torch
+from conftest import STAGES
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import (
@@ -24,14 +24,12 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import exo
 import model
 import train
 from data import Builder, Report, collate
 from infra import parallel
 from model import GPT, GPTConfig, Scorer
 
-torch.set_num_threads(1)
 GPT2_WORDS = 50257
 aten = torch.ops.aten
 
@@ -114,42 +112,13 @@ def test_the_device_itself_refuses_mixtures_and_counts_waits():
 # ------------------------------------------------------------------------------
 # Stages and sampling
 
-STAGES = [["sft"], ["reward"], *([name] for name in exo.LOSSES)]
-STAGES += [["exo", "--online"], ["dpo", "--online"], ["ppo"]]
 
-
-def length(prompt: str, completion: str) -> float:
-    return len(completion)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("devices")
-    texts, rewards = [" yes", " no no", " perhaps"], [1.0, 0.0, 2.0]
-    rows = [
-        {"prompt": "a" * n, "completions": texts[:k], "rewards": rewards[:k]}
-        for n, k in enumerate((2, 3, 2, 3, 2), 1)
-    ]
-    data, sft = folder / "rows.jsonl", folder / "sft"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shape = "--n_layer 1 --n_head 2 --n_embd 8 --block_size 256 --max_iters 1".split()
-    assert train.main(["sft", "--data", str(data), "--out", str(sft), *shape]) == 0
-    return {"data": str(data), "sft": str(sft)}
-
-
-def make_stage(argv: list[str], files: dict):
-    """(settings, stage, ids of its first batch); completions are drawn already, on the CPU."""
-    argv = [*argv, "--data", files["data"], "--init", files["sft"], "--max_new_tokens", "4"]
-    rated = ["--reward", "test_devices:length"] if "--online" in argv or "ppo" in argv else []
-    s = train.parse([*argv, *rated, "--batch_size", "5"])
-    stage = train.make_stage(s, torch.device("cpu"))
-    return s, stage, stage.ids(0)
-
-
-@pytest.mark.parametrize("argv", STAGES, ids=" ".join)
-def test_a_step_stays_on_its_device_and_waits_once(argv, device, files):
-    """To see whether the gradient is finite. AdamW is torch's plain one: none is fused on meta."""
-    s, stage, ids = make_stage(argv, files)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_stays_on_its_device_and_waits_once(stage, device, world):
+    """To see whether the gradient is finite. Groups are ragged; completions are drawn already, on
+    the CPU. AdamW is torch's plain one: none is fused on meta."""
+    s, stage = world.task(stage, "--data", world.rewards, "--batch_size", 5)
+    ids = stage.ids(0)
     with device:
         device.move(stage.policy.scorer)
         stage.policy.device = device.device

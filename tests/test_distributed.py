@@ -6,11 +6,10 @@ runs: one that is told to stop, and one in which a process fails.
 """
 
 import contextlib
+import functools
 import io
-import json
 import multiprocessing
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -21,50 +20,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CPU, ROOT, assert_same_run, read_rows, records, write_rows
 from torch.utils._pytree import tree_leaves
 
 import train
-from data import byte_encoding, collate
+from data import collate
 from infra import parallel
 from infra.checkpoint import load_checkpoint, load_gpt
-from infra.rows import InputError
 from model import GPT
 
-torch.set_num_threads(1)
-ROOT = Path(__file__).parent.parent
 STEPS = 20
 
 
-def rows(path: Path, n: int, kind: str) -> str:
-    """n rows of unlike lengths; with batches of 5 on 2 processes, each batch is shared unequally,
-    and the last one of an epoch holds a single group."""
-    rng = random.Random(kind)
-
-    def words(most: int) -> str:
-        return " ".join(rng.choice("a bb ccc dd".split()) for _ in range(rng.randint(1, most)))
-
-    def row(i: int) -> dict:
-        if kind == "pairs":
-            return {"prompt": words(8), "chosen": f"{words(4)} {i}", "rejected": f"{words(9)} no"}
-        completions = [f"{words(5)} {j}" for j in range(rng.randint(2, 4))]
-        return {
-            "prompt": words(8),
-            "completions": completions,
-            "rewards": [rng.gauss(0, 1) for _ in completions],
-        }
-
-    path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(n)))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("files")
-    out = {kind: rows(folder / f"{kind}.jsonl", 11, kind) for kind in ("pairs", "rewards")}
-    out["sft"] = str(folder / "sft")
+def few(files, tmp_path_factory) -> dict:
+    """11 rows of each kind: with batches of 5 on 2 processes, each batch is shared unequally, and
+    the last one of an epoch holds a single group. And an sft of two blocks."""
+    folder = tmp_path_factory.mktemp("few")
+    kinds = ("pairs", "rewards")
+    few = {k: write_rows(folder / f"{k}.jsonl", read_rows(files[k])[:11]) for k in kinds}
+    few["sft"] = str(folder / "sft")
     shape = "--n_layer 2 --n_head 2 --n_embd 16 --block_size 96 --max_iters 2".split()
-    assert train.main(["sft", "--data", out["pairs"], "--out", out["sft"], *shape]) == 0
-    return out
+    assert train.main(["sft", "--data", few["pairs"], "--out", few["sft"], *shape]) == 0
+    return few
 
 
 # ------------------------------------------------------------------------------
@@ -129,68 +107,33 @@ def run_two(pipes, argv: list[str]) -> str:
 
 def start_torchrun(argv: list[str]) -> subprocess.Popen:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.Popen(
-        [*start, "train.py", *argv],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    return subprocess.Popen([*start, "train.py", *argv], cwd=ROOT, text=True, **pipes)
 
 
-def argv(stage: str, files: dict, out: Path, dtype: str, *more: str) -> list[str]:
-    data = files["pairs" if stage in ("sft", "reward") else "rewards"]
+def argv(stage: str, few: dict, out: Path, dtype: str, *more: str) -> list[str]:
+    data = few["pairs" if stage in ("sft", "reward") else "rewards"]
     return [
-        *(stage, "--data", data, "--eval_data", files["rewards" if stage == "exo" else "pairs"]),
-        *("--init", files["sft"], "--out", str(out), "--dtype", dtype, "--max_iters", str(STEPS)),
+        *(stage, "--data", data, "--eval_data", few["rewards" if stage == "exo" else "pairs"]),
+        *("--init", few["sft"], "--out", str(out), "--dtype", dtype, "--max_iters", str(STEPS)),
         *"--batch_size 5 --micro_batch_size 2 --learning_rate 1e-3 --log_interval 1".split(),
         *"--eval_interval 10 --max_new_tokens 8".split(),
         *more,
     ]
 
 
-def records(out: Path) -> list[dict]:
-    machine = dict.fromkeys(("tokens_per_s", "groups_per_s", "peak_gb"), 0)
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) | machine for line in lines]
-
-
-def assert_same_run(a: Path, b: Path, tolerance: float) -> None:
-    first, second = (load_checkpoint(out) for out in (a, b))
-    assert first["step"] == second["step"]
-    close = {"rtol": tolerance, "atol": tolerance}
-    for name, value in first["model"].items():
-        torch.testing.assert_close(second["model"][name], value, **close, msg=name)
-    for name, value in first.get("head", {}).items():
-        torch.testing.assert_close(second["head"][name], value, **close, msg=name)
-    for i, entry in first["optimizer"]["state"].items():
-        for name, value in entry.items():
-            torch.testing.assert_close(second["optimizer"]["state"][i][name], value, **close)
-    for x, y in zip(records(a), records(b), strict=True):
-        assert x.pop("kind") == y.pop("kind")
-        assert y == pytest.approx(x, rel=1e3 * tolerance, abs=1e3 * tolerance)
-
-
-ONLINE = tuple("--reward test_distributed:reward --K 3 --round_iters 2".split())
-
-
-def reward(prompt: str, completion: str) -> float:
-    return completion.count("a") - 0.1 * len(completion)
+ONLINE = tuple("--reward tests.rewards:spread --K 3 --round_iters 2".split())
 
 
 @pytest.fixture(scope="module")
-def run_one(files, tmp_path_factory):
+def run_one(few, tmp_path_factory):
     """The folder of a run in one process, made once for each command."""
-    made = {}
 
+    @functools.cache
     def run(stage: str, dtype: str, *more: str) -> Path:
-        key = stage, dtype, more
-        if key not in made:
-            out = tmp_path_factory.mktemp("one") / "run"
-            assert train.main(argv(stage, files, out, dtype, *more)) == 0
-            made[key] = out
-        return made[key]
+        out = tmp_path_factory.mktemp("one") / "run"
+        assert train.main(argv(stage, few, out, dtype, *more)) == 0
+        return out
 
     return run
 
@@ -206,10 +149,10 @@ CASES += [("exo", "float64", (*ONLINE, "--online")), ("ppo", "float64", ONLINE)]
 
 
 @pytest.mark.parametrize(("stage", "dtype", "more"), CASES)
-def test_two_processes_equal_one(stage, dtype, more, files, run_one, pipes, tmp_path):
+def test_two_processes_equal_one(stage, dtype, more, few, run_one, pipes, tmp_path):
     """20 steps: 1e-10 in float64, 1e-5 in float32 (relative to weights of size 1)."""
     one, two = run_one(stage, dtype, *(m for m in more if m != "--fsdp")), tmp_path / "two"
-    printed = run_two(pipes, argv(stage, files, two, dtype, *more))
+    printed = run_two(pipes, argv(stage, few, two, dtype, *more))
     assert_same_run(one, two, {"float64": 1e-10, "float32": 1e-5}[dtype])
     assert printed.count("rows usable") == 2  # training and held-out rows: one process prints
     assert "whole tensors" not in printed
@@ -217,16 +160,16 @@ def test_two_processes_equal_one(stage, dtype, more, files, run_one, pipes, tmp_
     assert isinstance(gpt, GPT)
 
 
-def test_a_sharded_run_resumes_in_one_process(files, run_one, tmp_path):
+def test_a_sharded_run_resumes_in_one_process(few, run_one, tmp_path):
     """The checkpoint knows nothing of processes: begun on two, sharded, stopped, ended on one."""
     out = tmp_path / "parts"
-    first = start_torchrun([*argv("exo", files, out, "float64"), "--fsdp"])
+    first = start_torchrun([*argv("exo", few, out, "float64"), "--fsdp"])
     wait_for(lambda: (out / "ckpt.pt").exists() and len(records(out)) > 1)
     first.send_signal(signal.SIGTERM)  # torchrun hands it to both; they agree on the step
     said = first.communicate(timeout=120)[1]
     assert "Warning" not in said
     assert 0 < load_checkpoint(out)["step"] < STEPS
-    assert train.main([*argv("exo", files, out, "float64"), "--resume"]) == 0
+    assert train.main([*argv("exo", few, out, "float64"), "--resume"]) == 0
     assert_same_run(run_one("exo", "float64"), out, 1e-10)
 
 
@@ -254,10 +197,10 @@ class Guard(torch.nn.Module):
 
 
 @pytest.mark.parametrize("stage", ["sft", "exo", "dpo"])
-def test_nothing_is_differentiated_past_the_wrapper(stage, files, tmp_path, monkeypatch):
+def test_nothing_is_differentiated_past_the_wrapper(stage, few, tmp_path, monkeypatch):
     """A method called past DDP skips its hooks, and gradients would silently stay local."""
-    s = train.parse(argv(stage, files, tmp_path / "run", "float32"))
-    task = train.make_stage(s, torch.device("cpu"))
+    s = train.parse(argv(stage, few, tmp_path / "run", "float32"))
+    task = train.make_stage(s, CPU)
     task.policy.module = Guard(task.policy.module)
     hidden = GPT.hidden
 
@@ -271,23 +214,11 @@ def test_nothing_is_differentiated_past_the_wrapper(stage, files, tmp_path, monk
         task.policy.scorer(collate(task.groups, [0]))
 
 
-def lonely():
-    """An encoding that one process of two cannot make."""
-    if os.environ["RANK"] == "1":
-        raise InputError("only the second process knows this")
-    return byte_encoding()
-
-
-def test_the_error_of_one_process_ends_all_with_its_sentence(files, tmp_path):
+def test_the_error_of_one_process_ends_all_with_its_sentence(few, tmp_path):
     began = time.time()
-    argv = ["sft", "--data", files["pairs"], "--out", str(tmp_path / "run"), "--max_iters", "2"]
-    failing = start_torchrun([*argv, "--encoding", "tests.test_distributed:lonely"])
+    argv = ["sft", "--data", few["pairs"], "--out", str(tmp_path / "run"), "--max_iters", "2"]
+    failing = start_torchrun([*argv, "--encoding", "tests.rewards:lonely"])
     said = failing.communicate(timeout=120)[1]
     assert failing.returncode != 0
     assert "train.py: only the second process knows this" in said
     assert time.time() - began < 60
-
-
-def test_shards_need_processes(files, tmp_path, capsys):
-    assert train.main(argv("exo", files, tmp_path / "run", "float32", "--fsdp")) == 2
-    assert "torchrun" in capsys.readouterr().err

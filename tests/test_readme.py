@@ -2,7 +2,6 @@
 
 import gzip
 import itertools
-import json
 import math
 import re
 import runpy
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY, lines, rand, records, save
 
 import exo
 import sample
@@ -126,29 +126,23 @@ def run_lines(lines: str, folder: Path, **names) -> dict:
     return runpy.run_path(str(folder / "pasted.py"), names, "__main__")
 
 
-@pytest.mark.parametrize("eps", [1e-3, 0.119])
-def test_the_pasted_lines_are_both_losses(eps, tmp_path):
-    logps, ref = 5 * torch.randn(2, 7, 2, generator=torch.Generator().manual_seed(0)).double()
-    names = {"logps": logps, "ref_logps": ref, "beta_pi": 0.3, "eps": eps}
-    lines = code("python", "log_softmax")
-    assert len(lines.splitlines()) == 5
-    pasted = run_lines(lines, tmp_path, **names)
-    for name, loss in (("exo", exo.exo_loss), ("dpo", exo.dpo_loss)):
-        ours = loss(logps, ref, exo.preference_target(eps), 0.3)
-        torch.testing.assert_close(pasted[name], ours)
-
-
-def test_the_pasted_lines_take_rewards_too(tmp_path):
-    """The comment's other target, for K completions."""
-    logps, ref, rewards = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).double()
+def test_the_pasted_lines_are_both_losses(tmp_path):
+    """As they stand, for pairs; and with the comment's other target, rewards of K completions."""
+    pasted = code("python", "log_softmax")
+    assert len(pasted.splitlines()) == 5
+    (other,) = re.findall(r"or (\(rewards.*)$", pasted, re.M)
+    rated = re.sub(r"^log_p = .*$", f"log_p = {other}", pasted, flags=re.M)
+    logps, ref, rewards = 5 * rand(3, 7, 2)
     names = {"logps": logps, "ref_logps": ref, "beta_pi": 0.3, "beta_r": 0.7, "rewards": rewards}
-    lines = code("python", "log_softmax")
-    (other,) = re.findall(r"or (\(rewards.*)$", lines, re.M)
-    lines = re.sub(r"^log_p = .*$", f"log_p = {other}", lines, flags=re.M)
-    pasted = run_lines(lines, tmp_path, **names)
-    for name, loss in (("exo", exo.exo_loss), ("dpo", exo.dpo_loss)):
-        ours = loss(logps, ref, exo.reward_target(rewards, 0.7), 0.3)
-        torch.testing.assert_close(pasted[name], ours)
+    for text, eps, target in (
+        (pasted, 1e-3, exo.preference_target(1e-3)),
+        (pasted, 0.119, exo.preference_target(0.119)),
+        (rated, None, exo.reward_target(rewards, 0.7)),
+    ):
+        found = run_lines(text, tmp_path, **names, eps=eps)
+        for name in ("exo", "dpo"):
+            ours = exo.LOSSES[name](logps, ref, target, 0.3)
+            torch.testing.assert_close(found[name], ours)
 
 
 def test_the_example_by_hand():
@@ -170,20 +164,17 @@ def folder(tmp_path_factory) -> Path:
     """What the commands read: rows of every kind, and a GPT-2 of random weights."""
     folder = tmp_path_factory.mktemp("pages")
     pairs = [{"prompt": f"Q{i}", "chosen": f" yes {i}", "rejected": " no"} for i in range(8)]
-    text = "".join(json.dumps(row) + "\n" for row in pairs)
     for name in ("pairs.jsonl", "held_out.jsonl"):
-        (folder / name).write_text(text)
+        save(folder, lines(*pairs), name)
     talk = "\n\nHuman: How?\n\nAssistant:"
-    with gzip.open(folder / "helpful.jsonl.gz", "wt") as file:
-        for i in range(8):
-            file.write(json.dumps({"chosen": f"{talk} So {i}.", "rejected": f"{talk} No."}) + "\n")
+    rows = [{"chosen": f"{talk} So {i}.", "rejected": f"{talk} No."} for i in range(8)]
+    save(folder, gzip.compress(lines(*rows).encode()), "helpful.jsonl.gz")
     gpt = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=1, n_embd=16))
     save_pretrained(gpt, folder / "GPT2", exo={"encoding": "bytes", "temperature": 1.0})
     return folder
 
 
 FEW = "--max_iters 2 --batch_size 4 --kl_samples 2 --max_new_tokens 8".split()
-TINY = "--n_layer 1 --n_head 1 --n_embd 16 --block_size 64".split()
 ELSEWHERE = {  # commands that are too long for a test of a page, and who runs them
     "pip install -r requirements*": ".ci/run",
     "python -m pip install -r requirements-dev.txt": ".ci/run",
@@ -252,8 +243,8 @@ def test_figures_are_drawn_again_by_one_command(monkeypatch):
 
 def test_a_loss_in_ten_lines(folder, monkeypatch):
     """Pasted from the page: IPO starts at (1 / (2 beta_pi))^2 = 25 and trains under its name."""
-    lines = code("python", "ipo_loss")
-    assert len([line for line in lines.splitlines() if line]) <= 10
+    pasted = code("python", "ipo_loss")
+    assert len([line for line in pasted.splitlines() if line]) <= 10
     monkeypatch.chdir(folder)
     for name in ("LOSSES", "NEEDS"):
         monkeypatch.setattr(exo, name, dict(getattr(exo, name)))
@@ -263,9 +254,8 @@ def test_a_loss_in_ten_lines(folder, monkeypatch):
     argv = ["ipo.py", "ipo", *data, "--init", "out/ipo_sft", "--learning_rate", "1e-2", *FEW]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit, match="0"):
-        run_lines(lines, folder)
-    records = [json.loads(line) for line in Path("out/ipo/metrics.jsonl").read_text().splitlines()]
-    first, *_, last = (r["loss"] for r in records if r["kind"] == "eval")
+        run_lines(pasted, folder)
+    first, *_, last = (r["loss"] for r in records("out/ipo", "eval"))
     assert first == pytest.approx(25)
     assert last < first
 
@@ -280,12 +270,13 @@ def clear(found: list[float]) -> bool:
     return mean > readme.T95[len(found)] * error
 
 
-def alike(found: list[float]) -> bool:
-    return not clear(found) and not clear([-x for x in found])
+def relation(found: list[float]) -> str:
+    """Of differences seed by seed."""
+    return "more" if clear(found) else "less" if clear([-x for x in found]) else "alike"
 
 
 def ahead(name: str, a: tuple, b: tuple, rows=TOY["rows"], **where) -> list[float]:
-    """a minus b, seed by seed."""
+    """a minus b, (method, K) each, seed by seed."""
     return gap(rows, name, *(where | {"method": m, "K": K} for m, K in (a, b)))
 
 
@@ -296,49 +287,72 @@ def test_the_world_is_the_one_described():
     assert config["learning_rate"] == 0.02
 
 
-def test_seed_0_is_the_worst_of_dpo():
+EXO, DPO = ("exo-rw", 64), ("dpo-rw", 64)
+REVERSE, FORWARD = ("reverse-kl", None), ("forward-kl", None)  # the best fits known
+DOWN_REVERSE, DOWN_FORWARD = ("reverse-kl-descent", None), ("forward-kl-descent", None)
+DPO_ONLINE, DPO_ONLINE_PAIRS = ("dpo-online", 8), ("dpo-online-pref", 2)
+CLAIMS = {
+    "EXO commits and DPO spreads once K is large": [
+        ("on", EXO, "more", DPO),
+        ("J", EXO, "more", DPO),
+        ("modes", EXO, "less", DPO),
+        ("between", EXO, "less", DPO),
+        ("J", ("exo-rw", 2), "alike", ("dpo-rw", 2)),
+        ("J", ("exo-rw", 8), "alike", ("dpo-rw", 8)),
+    ],
+    "each ends about as low as its exact gradient and neither is an optimum": [
+        ("reverse_kl", EXO, "alike", DOWN_REVERSE),
+        ("reverse_kl", EXO, "more", REVERSE),
+        ("reverse_kl", DOWN_REVERSE, "more", REVERSE),
+        ("forward_kl", DPO, "alike", DOWN_FORWARD),
+        ("forward_kl", DPO, "more", FORWARD),
+        ("forward_kl", DOWN_FORWARD, "more", FORWARD),
+        ("on", REVERSE, "more", FORWARD),
+        ("modes", REVERSE, "less", FORWARD),
+        ("reverse_kl", EXO, "more", FORWARD),
+        ("modes", EXO, "less", REVERSE),
+        ("on", DPO, "less", FORWARD),
+    ],
+    "with pairs": [
+        ("reverse_kl", ("exo-pref", 2), "more", ("dpo-pref", 2)),
+        ("J", ("exo-pref", 2), "less", ("dpo-pref", 2)),
+    ],
+    "who draws matters": [
+        ("reverse_kl", ("exo-online", 2), "alike", ("exo-online", 64)),
+        ("on", ("dpo-online", 2), "more", ("dpo-online", 64)),
+        ("reverse_kl", DPO_ONLINE, "alike", DPO_ONLINE_PAIRS),
+        ("reverse_kl", DPO_ONLINE, "alike", EXO),
+        ("reverse_kl", DPO_ONLINE_PAIRS, "alike", EXO),
+    ],
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_what_the_table_shows(claim):
+    for name, a, said, b in CLAIMS[claim]:
+        assert (name, a, relation(ahead(name, a, b)), b) == (name, a, said, b)
+
+
+def test_what_single_seeds_and_means_show():
     on = values(TOY["rows"], "on", method="dpo-rw", K=64)
     assert len(on) == 8
-    assert min(on, key=on.get) == 0
-
-
-def test_exo_commits_and_dpo_spreads_once_K_is_large():
-    exo_rw, dpo_rw = ("exo-rw", 64), ("dpo-rw", 64)
-    for name in ("on", "J"):
-        assert clear(ahead(name, exo_rw, dpo_rw))
-    for name in ("modes", "between"):
-        assert clear(ahead(name, dpo_rw, exo_rw))
+    assert min(on, key=on.get) == 0  # seed 0 is the worst of DPO
     for K in (2, 8):
-        assert alike(ahead("J", ("exo-rw", K), ("dpo-rw", K)))
         assert [*values(TOY["rows"], "modes", method="exo-rw", K=K).values()].count(1) == 3
-
-
-def test_each_ends_about_as_low_as_its_exact_gradient_and_neither_is_an_optimum():
-    for name, sampled, exact in (
-        ("reverse_kl", ("exo-rw", 64), "reverse-kl"),
-        ("forward_kl", ("dpo-rw", 64), "forward-kl"),
-    ):
-        assert alike(ahead(name, sampled, (f"{exact}-descent", None)))
-        assert clear(ahead(name, (f"{exact}-descent", None), (exact, None)))
-        assert clear(ahead(name, sampled, (exact, None)))
-    reverse, forward = ("reverse-kl", None), ("forward-kl", None)
-    assert clear(ahead("on", reverse, forward))
-    assert clear(ahead("modes", forward, reverse))
-    assert clear(ahead("reverse_kl", ("exo-rw", 64), forward))
-    assert clear(ahead("modes", reverse, ("exo-rw", 64)))
-    assert clear(ahead("on", forward, ("dpo-rw", 64)))
-    trained, fitted = ahead("on", ("exo-rw", 64), ("dpo-rw", 64)), ahead("on", reverse, forward)
+    trained, fitted = ahead("on", EXO, DPO), ahead("on", REVERSE, FORWARD)
     assert clear([a / 2 - b for a, b in zip(trained, fitted, strict=True)])  # most is lost
+    assert all(row["on"] > 0.95 for row in only(TOY["rows"], method="dpo-online", K=2))
+    keys = [key for key in distinct(TOY["rows"], "method", "K") if key[1]]
+    means = {key: stat(TOY["rows"], "reverse_kl", method=key[0], K=key[1])[0] for key in keys}
+    assert sorted(means, key=means.get)[:2] == [DPO_ONLINE, DPO_ONLINE_PAIRS]
 
 
 def test_exo_leads_at_equal_distance_with_many_rewards_and_not_with_two_or_pairs():
     for target in (0.5, 1, 1.5, 2.5):
         assert clear(lead(target, "exo-rw", "dpo-rw", 64))
-    assert alike(lead(0.5, "exo-rw", "dpo-rw", 2))
-    assert clear(ahead("reverse_kl", ("exo-pref", 2), ("dpo-pref", 2)))
-    assert clear(ahead("J", ("dpo-pref", 2), ("exo-pref", 2)))
+    assert relation(lead(0.5, "exo-rw", "dpo-rw", 2)) == "alike"
     for target in (0.5, 1):
-        assert alike(lead(target, "exo-pref", "dpo-pref", 2))
+        assert relation(lead(target, "exo-pref", "dpo-pref", 2)) == "alike"
 
 
 def test_a_third_of_the_lead_nearest_to_sft_is_distance():
@@ -367,20 +381,6 @@ def test_what_the_default_label_smoothing_asks_for():
     assert 2 * s.beta_pi / log_odds == pytest.approx(float(said), rel=0.05)
 
 
-def test_who_draws_matters():
-    assert alike(ahead("reverse_kl", ("exo-online", 2), ("exo-online", 64)))
-    assert clear(ahead("on", ("dpo-online", 2), ("dpo-online", 64)))
-    assert all(row["on"] > 0.95 for row in only(TOY["rows"], method="dpo-online", K=2))
-    means: dict[tuple, list[float]] = {}
-    for row in TOY["rows"]:
-        if row["K"]:
-            means.setdefault((row["method"], row["K"]), []).append(row["reverse_kl"])
-    lowest = sorted(means, key=lambda key: mean_se(means[key])[0])[:2]
-    assert lowest == [("dpo-online", 8), ("dpo-online-pref", 2)]
-    for a, b in (lowest, (lowest[0], ("exo-rw", 64)), (lowest[1], ("exo-rw", 64))):
-        assert alike(ahead("reverse_kl", a, b))
-
-
 def test_the_floor_of_all_differences_is_what_the_page_says():
     """RLOO and on-policy EXO are one run but for rounding; the page calls 0.2 nats chance."""
     floors = [mean_se(ahead("reverse_kl", ("rloo", K), ("exo-online", K)))[0] for K in (2, 8, 64)]
@@ -396,8 +396,8 @@ def test_mode_seeking_has_a_price_where_the_policy_is_wide():
         narrow, broad = (values(rows, "reverse_kl", method=method, K=64, n_embd=n) for n in (3, 8))
         assert clear([narrow[seed] - broad[seed] for seed in narrow])
     for n in distinct(rows, "n_embd"):
-        more = ahead("reverse_kl", ("exo-rw", 64), ("dpo-rw", 64), rows, n_embd=n)
-        assert (clear([-x for x in more]), clear(more)) == (n < 4, n > 4)
+        found = relation(ahead("reverse_kl", EXO, DPO, rows, n_embd=n))
+        assert found == ("less" if n < 4 else "more" if n > 4 else "alike")
     caught = only(rows, method="exo-rw", n_embd=2, seed=0)[0]
     assert caught["asymmetry"] < 0.05
 
@@ -413,7 +413,7 @@ def test_exo_needs_K_more_the_further_it_has_come():
     near, far = cosines("half-way", "exo-rw", 32), cosines("near its end", "exo-rw", 32)
     assert clear([near[seed] - far[seed] for seed in near])
     for method, K in (("dpo-rw", 256), ("exo-rw", 2)):  # no clear help, no clear harm
-        assert alike([*cosines("half-way", method, K).values()])
+        assert relation([*cosines("half-way", method, K).values()]) == "alike"
     assert all(min(cosines("at sft", "exo-rw", K).values()) > 0.99 for K in (2, 8, 64))
     rows = SWEEP["directions"]
     assert max(row["to_J_error"] for row in rows) < 0.05
@@ -433,33 +433,23 @@ def test_what_a_completion_buys():
         assert max(first) < min(regret.values())
 
 
-def test_what_the_direction_is_worth_at_the_smallest_budget():
-    """As much as own draws are to DPO, where draws are rated; nothing, where pairs are labelled."""
-    own = {
-        m: values(SWEEP["efficiency"], "regret", method=m, completions=38_400)
-        for m in ("exo-rw", "dpo-rw", "dpo-online", "exo-pref", "dpo-pref")
-    }
+def test_what_the_direction_is_worth_at_each_budget():
+    """As much as own draws are to DPO, at the smallest; nothing where pairs are labelled, but at
+    the largest, and nothing there where draws are rated."""
 
-    def more(a: str, b: str) -> list[float]:
-        return [own[a][seed] - own[b][seed] for seed in own[a]]
-
-    assert clear(more("dpo-rw", "exo-rw"))
-    assert clear(more("dpo-rw", "dpo-online"))
-    assert alike(more("exo-rw", "dpo-online"))
-    assert alike(more("exo-pref", "dpo-pref"))
-
-
-def test_where_the_direction_is_worth_something_at_larger_budgets():
-    def more(a: str, b: str, budget: int) -> list[float]:
+    def more(a: str, b: str, budget: int) -> str:
         sides = ({"method": m, "completions": budget} for m in (a, b))
-        return gap(SWEEP["efficiency"], "regret", *sides)
+        return relation(gap(SWEEP["efficiency"], "regret", *sides))
 
-    for budget in distinct(SWEEP["efficiency"], "completions"):
-        assert clear(more("dpo-rw", "exo-rw", budget)) == (budget != 614_400)
-        assert clear(more("exo-pref", "dpo-pref", budget)) == (budget == 614_400)
-        assert not clear(more("dpo-pref", "exo-pref", budget))
+    budgets = distinct(SWEEP["efficiency"], "completions")
+    assert min(budgets) == 38_400
+    assert more("dpo-rw", "dpo-online", 38_400) == "more"
+    for budget in budgets:
+        largest = budget == 614_400
+        assert (more("dpo-rw", "exo-rw", budget) == "more") == (not largest)
+        assert more("exo-pref", "dpo-pref", budget) == ("more" if largest else "alike")
         for a, b in itertools.combinations(("exo-rw", "exo-online", "dpo-online"), 2):
-            assert alike(more(a, b, budget))
+            assert more(a, b, budget) == "alike"
 
 
 # --------------------------------------------------------------------------------------------------

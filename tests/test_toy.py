@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import rand, seeded
 
 import exo
 from experiments import common
@@ -22,15 +23,6 @@ SEEDS = [0, 1]
 
 def in_turn(job, jobs):
     return [job(*args) for args in jobs]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the workers: tensors this small only wait for a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +38,7 @@ def finished(tmp_path_factory):
 
 
 def random_logps(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).mul(2).log_softmax(dim=-1)
+    return (2 * rand(*shape, seed=seed)).log_softmax(dim=-1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,7 +89,7 @@ def test_every_bump_has_rows_and_columns_of_its_own():
 def test_draws_follow_the_distribution():
     """Frequencies are within five standard deviations, and impossible completions never come."""
     logps = torch.tensor([[0.5, 0.0, 0.3, 0.2, 0.0], [0.0, 0.1, 0.0, 0.0, 0.9]]).log()
-    uniform = torch.rand(2, 20_000, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(2, 20_000, generator=seeded(0))
     uniform[:, 0], uniform[:, 1] = 0.0, 1 - 2**-24  # the ends of the interval
     y = worlds.draw(logps, uniform)
     for row, p in zip(y, logps.exp(), strict=True):
@@ -113,7 +104,7 @@ def test_draws_follow_the_distribution():
 
 def test_labels_are_bradley_terry():
     """The better of a pair is chosen with probability sigmoid(r1 - r2), and pairs stay pairs."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     y = torch.randint(2, (1, 40_000), generator=generator)
     coin = torch.rand(1, 20_000, generator=generator)
     ranked = fit.ranked(y, torch.tensor([[0.0, -1.5]]), coin).view(-1, 2)
@@ -128,33 +119,21 @@ def plain_loss(name: str, K: int, logp, ref, reward, beta, y, uniform, coin) -> 
     method, total, groups = fit.METHODS[name], 0, len(y) // K
     if method.on_policy:
         y = worlds.draw(logp.detach()[None], uniform[None])[0]
-    for k in range(groups):
-        ids = y[k * K : (k + 1) * K].tolist()
-        policy = logp[ids]
+    for ids, c in zip(y.view(groups, K).tolist(), coin.tolist(), strict=False):
         if method.label_smoothing is not None:
-            gap = reward[ids[0]] - reward[ids[1]]
-            if coin[k] >= torch.sigmoid(gap):
+            if c >= torch.sigmoid(reward[ids[0]] - reward[ids[1]]):
                 ids.reverse()
-                policy = policy.flip(0)
-            margin = beta * (policy[0] - ref[ids[0]] - policy[1] + ref[ids[1]])
-            eps = method.label_smoothing
-            if "dpo" in name:
-                total = total - torch.nn.functional.logsigmoid(margin)
-            else:
-                q = torch.sigmoid(torch.cat([margin, -margin]))
-                p = torch.tensor([1 - eps, eps], dtype=torch.float64)
-                total = total + (q * (q / p).log()).sum()
-            continue
-        score = reward[ids] / beta
-        if method.on_policy:
-            score, ref_k = score + ref[ids] - policy.detach(), policy.detach()
+            ratio, eps = beta * (logp - ref)[ids], method.label_smoothing
+            p = torch.tensor([1 - eps, eps], dtype=torch.float64)
         else:
-            ref_k = ref[ids]
-        q, p = (policy - ref_k).softmax(dim=0), score.softmax(dim=0)
+            rho = logp.detach() if method.on_policy else ref
+            ratio, score = (logp - rho)[ids], (reward / beta + ref - rho)[ids]
+            p = score.softmax(dim=0)
+        q = ratio.softmax(dim=0)
         if name == "rloo":
             for i in range(K):
                 others = torch.cat([score[:i], score[i + 1 :]]).mean()
-                total = total - (score[i] - others) * policy[i] / K
+                total = total - (score[i] - others) * logp[ids[i]] / K
         elif "exo" in name:
             total = total + (q * (q / p).log()).sum()
         else:
@@ -167,7 +146,7 @@ def test_the_ensemble_equals_plain_loops_model_by_model(name, K):
     """Value and gradient of every model at a beta of its own: no mean over models, no crosstalk."""
     log_pi, log_sft, reward = (random_logps(2, 9, seed=s) for s in (1, 2, 3))
     beta = torch.tensor([[0.4], [1.5]], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     uniform, coin = (torch.rand(2, n, generator=generator) for n in (16, 8))
     y = worlds.draw(log_sft, torch.rand(2, 16, generator=generator))
     x = log_pi.clone().requires_grad_()
@@ -184,19 +163,6 @@ def test_the_ensemble_equals_plain_loops_model_by_model(name, K):
     if name != "rloo":  # whose value says nothing: only its gradient is meant
         constant = total.item() - sum(values).sum().item()
         assert abs(constant) < 1e-9
-
-
-@pytest.mark.parametrize("K", [2, 3, 8])
-def test_on_policy_exo_is_rloo_up_to_K_minus_1_over_K(K):
-    """On the same fresh draws the gradients differ by this factor, group by group."""
-    policy, ref, reward = (random_logps(5, K, seed=s) for s in range(3))
-    target = exo.on_policy_target(reward, ref, policy, 0.7)
-    grads = []
-    for loss, reference in ((exo.exo_loss, exo.on_policy_ref(ref, policy)), (fit.rloo_loss, ref)):
-        x = policy.clone().requires_grad_()
-        grads += torch.autograd.grad(loss(x, reference, target), x)
-    assert torch.allclose(grads[0], (K - 1) / K * grads[1], atol=1e-12)
-    assert grads[0].abs().max() > 0.01
 
 
 def test_training_lowers_what_it_descends(setup):
@@ -240,41 +206,39 @@ def test_the_fittest_are_found_seed_by_seed():
 
 def test_columns_equal_plain_sums(setup):
     """Every column of the table is the sum its name says."""
-    arm = fit.Arm("m", 2, 0.4, 1)
     (log_pi,) = random_logps(1, 144, seed=5)
-    (row,) = measures.measure(setup, [arm], log_pi[None])
+    (row,) = measures.measure(setup, [fit.Arm("m", 2, 0.4, 1)], log_pi[None])
     sft, reward = setup.log_sft[1].tolist(), setup.reward[1].tolist()
     star = worlds.optimum(setup.log_sft[1], setup.reward[1], 0.4).tolist()
-    pi, centres = log_pi.tolist(), setup.centres[1].tolist()
+    pi, log_pi, centres = log_pi.exp().tolist(), log_pi.tolist(), setup.centres[1].tolist()
     held, crossing = [0.0] * 6, 0.0
     for i, x in enumerate(pi):
         away = [math.dist(divmod(i, 12), c) for c in centres]
         if min(away) <= 3:
-            held[away.index(min(away))] += math.exp(x)
+            held[away.index(min(away))] += x
         else:
             grid = [(a[0], b[1]) for a, b in itertools.permutations(centres, 2)]
-            crossing += math.exp(x) * (min(math.dist(divmod(i, 12), c) for c in grid) <= 3)
+            crossing += x * (min(math.dist(divmod(i, 12), c) for c in grid) <= 3)
+
+    def kl(a, b):
+        return sum(math.exp(x) * (x - y) for x, y in zip(a, b, strict=True))
+
     want = {
-        "reverse_kl": sum(math.exp(x) * (x - y) for x, y in zip(pi, star, strict=True)),
-        "forward_kl": sum(math.exp(y) * (y - x) for x, y in zip(pi, star, strict=True)),
-        "kl_sft": sum(math.exp(x) * (x - y) for x, y in zip(pi, sft, strict=True)),
-        "entropy": -sum(math.exp(x) * x for x in pi),
-        "reward": sum(math.exp(x) * r for x, r in zip(pi, reward, strict=True)),
+        "reverse_kl": kl(log_pi, star),
+        "forward_kl": kl(star, log_pi),
+        "kl_sft": kl(log_pi, sft),
+        "entropy": -kl(log_pi, [0.0] * 144),
+        "reward": sum(x * r for x, r in zip(pi, reward, strict=True)),
         "on": sum(held),
         "between": crossing,
         "modes": sum(x > 0.02 for x in held),
-        "asymmetry": sum(
-            abs(math.exp(x) - math.exp(pi[i % 12 * 12 + i // 12])) / 2 for i, x in enumerate(pi)
-        ),
+        "asymmetry": sum(abs(x - pi[i % 12 * 12 + i // 12]) / 2 for i, x in enumerate(pi)),
     }
     want["J"] = want["reward"] - 0.4 * want["kl_sft"]
     assert set(want) == {*measures.COLUMNS, "asymmetry"}
-    assert {key: row[key] for key in ("method", "K", "beta", "seed", "n_embd")} == {
-        **{"method": "m", "K": 2, "beta": 0.4, "seed": 1},
-        "n_embd": 3,
-    }
-    for name, value in want.items():
-        assert row[name] == pytest.approx(value, rel=1e-9), name
+    want |= {"K": 2, "beta": 0.4, "seed": 1, "n_embd": 3}
+    assert row.pop("method") == "m"
+    assert row == pytest.approx(want, rel=1e-9)
     assert crossing > 0
 
 
@@ -296,23 +260,25 @@ def test_results_have_the_promised_form(finished):
     for row in read["rows"]:
         assert set(row) == {"method", "K", "beta", "n_embd", "seed", "asymmetry", *measures.COLUMNS}
         assert 0 <= row["on"] + row["between"] <= 1 + 1e-9
+    best = {row["seed"]: row["J"] for row in read["rows"] if row["method"] == "pi-star"}
+    for row in read["rows"]:  # J(pi*) - J(pi) = beta KL(pi || pi*)
+        gap = best[row["seed"]] - row["J"]
+        assert gap == pytest.approx(TINY.beta * row["reverse_kl"], abs=1e-10)
     assert len(read["pictures"]) == len(spec)
     assert len(measures.table(read["rows"]).splitlines()) == 1 + len(spec)
 
 
-def test_J_falls_short_of_its_optimum_by_beta_reverse_kl(finished):
-    """J(pi*) - J(pi) = beta KL(pi || pi*), on every row of the file."""
-    rows = finished[1]["rows"]
-    best = {row["seed"]: row["J"] for row in rows if row["method"] == "pi-star"}
-    for row in rows:
-        gap = best[row["seed"]] - row["J"]
-        assert gap == pytest.approx(TINY.beta * row["reverse_kl"], abs=1e-10)
-
-
-def test_same_command_same_file(finished, tmp_path):
-    """A seed fixes the run to the last digit, whatever torch's global generator holds."""
+def test_same_command_same_file_and_no_figures_are_no_failure(
+    finished, tmp_path, monkeypatch, capsys
+):
+    """A seed fixes the run to the last digit, whatever torch's global generator holds; without
+    matplotlib one line says how to get figures, and the rest is written."""
     torch.manual_seed(1)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     main.run(tmp_path, seeds=2, config=TINY)
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "No figures" in line]
+    assert "pip install matplotlib" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     a, b = ((folder / "results.json").read_bytes() for folder in (finished[0], tmp_path))
     assert a == b
 
@@ -332,24 +298,12 @@ def test_pictures_and_animation_are_written(finished):
     assert 1000 < (finished[0] / "training.gif").stat().st_size < 2e6
 
 
-def test_without_matplotlib_one_line_and_all_numbers(tmp_path, monkeypatch, capsys):
-    """No figures is no failure: the run says how to get them, and writes the rest."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    main.run(tmp_path, seeds=1, config=TINY)
-    said = [line for line in capsys.readouterr().out.splitlines() if "No figures" in line]
-    assert len(said) == 1
-    assert "pip install matplotlib" in said[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-
-
-def test_a_jobs_failure_is_the_runs():
-    """The error that a worker met is raised here, as it was."""
+def test_a_jobs_failure_is_the_runs_and_does_not_wait_for_the_other_workers():
+    """The error that a worker met is raised here, as it was: as Ctrl-C in `python train.py`, whose
+    workers may have a minute to go. A single job needs no worker."""
+    assert common.in_parallel(divmod, [(7, 2)]) == [(3, 1)]
     with pytest.raises(ZeroDivisionError):
         common.in_parallel(divmod, [(1, 0), (1, 1)])
-
-
-def test_a_failure_does_not_wait_for_the_other_workers():
-    """As Ctrl-C in `python train.py`, whose workers may have a minute to go."""
     with pytest.raises(TypeError):
         common.in_parallel(time.sleep, [("no number",), (60,)])
     for worker in multiprocessing.active_children():
@@ -364,15 +318,14 @@ def test_a_failure_does_not_wait_for_the_other_workers():
 def test_expected_weights_are_those_of_all_pairs(setup):
     """At K = 2 the estimate is within its noise of the exact sum over every pair of completions."""
     log_pi = random_logps(2, 144, seed=7)
-    want = torch.zeros(2, 144, dtype=torch.float64)
-    for i, (a, b) in (
-        (i, pair) for i in (0, 1) for pair in itertools.product(range(144), repeat=2)
-    ):
-        chance = (setup.log_sft[i, a] + setup.log_sft[i, b]).exp()
-        q = torch.sigmoid(log_pi[i, a] - log_pi[i, b] - setup.log_sft[i, a] + setup.log_sft[i, b])
-        p = torch.sigmoid((setup.reward[i, a] - setup.reward[i, b]) / TINY.beta)
-        want[i, a] += chance * (q - p)  # DPO
-        want[i, b] -= chance * (q - p)
+
+    def gaps(x):  # of every pair (a, b)
+        return x[:, :, None] - x[:, None, :]
+
+    chance = (setup.log_sft[:, :, None] + setup.log_sft[:, None, :]).exp()
+    q, p = gaps(log_pi - setup.log_sft).sigmoid(), (gaps(setup.reward) / TINY.beta).sigmoid()
+    pull = chance * (q - p)  # DPO's on a, and with the other sign on b
+    want = pull.sum(2) - pull.sum(1)
     random = worlds.generators(SEEDS, "draws")
     got = [sweep.expected_weights(exo.dpo_loss, 2, log_pi, setup, random) for _ in range(24)]
     error = torch.stack(got).std(dim=0) / 24**0.5

@@ -6,9 +6,6 @@ import functools
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +18,8 @@ from conftest import (
     STAGES,
     World,
     assert_same_run,
+    one_batch,
+    perturb,
     read_rows,
     records,
     slow_logps,
@@ -75,10 +74,9 @@ def test_preference_starts_where_policy_equals_reference(stage, world):
 def test_an_evaluation_is_the_training_loss_over_all_held_out_groups(stage, world):
     """In passes of 3, each with its weight, as in one batch of them all."""
     s, task = world.task(stage, "--micro_batch_size", 3, "--dtype", "float64")
+    perturb(task.policy.scorer)
     with torch.no_grad():
-        for p in task.policy.scorer.parameters():  # away from the reference, and from rewards of 0
-            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-        loss, figures = task.loss(data.collate(task.held_out, np.arange(40)))
+        loss, figures = task.loss(one_batch(task.held_out))
     expected = {"loss": loss.item(), **{k: x.item() for k, x in figures.items()}}
     assert train.held_out_figures(s, task) == pytest.approx(expected)
 
@@ -98,35 +96,6 @@ def test_figures_of_a_batch_by_hand():
     expected |= {"chosen_logratio": 2.5, "chosen_logps": -4.5, "chosen_length": 1.0}
     expected |= {"rejected_logratio": -0.25, "rejected_logps": -7.25, "rejected_length": 1.0}
     assert {k: x.item() for k, x in figures.items()} == pytest.approx(expected)
-
-
-def test_accuracy_counts_pairs_with_unlike_targets():
-    """And is a mean over groups, whatever their K. A tie is half, and a group without order."""
-    target = torch.tensor([[1.0, 0.0, 0.0]] * 5 + [[0.0, 1.0, 1.0]] * 2 + [[1.0, 1.0, 0.0]])
-    mask = torch.tensor([[True, True, k == 5] for k in range(8)])
-    leads = torch.tensor([0.0, 2e-5, -2e-5, 1e-3, -1e-3])  # the small ones may be rounding
-    scores = torch.tensor([[0.0, 2.0, 0.0]]).repeat(8, 1)
-    scores[:5] = leads[:, None] * target[:5]
-    expected = [0.5, 0.5, 0.5, 1.0, 0.0, 0.75, 1.0, 0.5]  # 0.75: of two pairs one is tied
-    found = [exo.accuracy(scores[g : g + 1], target[g : g + 1], mask[g : g + 1]) for g in range(8)]
-    assert found == expected
-    assert exo.accuracy(scores, target, mask) == np.mean(expected)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_micro_batches_give_the_gradient_of_the_large_batch(stage, world):
-    """Unequal micro-batches, too: 8 groups as 3 + 3 + 2, each weighted by what it holds."""
-    gradients = []
-    for micro in (8, 3):
-        more = ["--micro_batch_size", micro, "--grad_clip", 0, "--dtype", "float64"]
-        s, task = world.task(stage, *more)
-        before = [p.detach().clone() for p in task.policy.scorer.parameters()]
-        sgd = torch.optim.SGD(task.policy.scorer.parameters())
-        train.update(s, task, sgd, task.ids(0), rate=1.0)
-        after = task.policy.scorer.parameters()
-        gradients.append([a.detach() - b for a, b in zip(after, before, strict=True)])
-    assert any(g.abs().max() > 1e-4 for g in gradients[0])
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-14)
 
 
 def test_reference_log_probs_are_computed_only_for_rows_that_will_be_read(world):
@@ -158,39 +127,21 @@ def test_learning_rate_warms_up_and_decays():
 
 
 # ------------------------------------------------------------------------------
-# A fork's losses, as a fork would write them
+# A fork's losses (conftest's)
 
 
-def ipo_loss(policy_logps, ref_logps, log_target, beta_pi=1.0, mask=None):
-    """Azar et al. 2023, arXiv:2310.12036, Eq. 17: pairs, chosen first."""
-    ratio = policy_logps - ref_logps
-    return (ratio[:, 0] - ratio[:, 1] - 1 / (2 * beta_pi)).square().mean()
-
-
-def simpo_loss(policy_logps, ref_logps, log_target, beta_pi=1.0, mask=None, *, lengths):
-    """Meng et al. 2024, arXiv:2405.14734, Eq. 6 with gamma 0: no reference, a mean over tokens."""
-    assert not ref_logps.any()
-    mean = policy_logps / lengths
-    return torch.nn.functional.softplus(-beta_pi * (mean[:, 0] - mean[:, 1])).mean()
-
-
-def test_a_forks_loss_is_one_function_and_one_entry(world, monkeypatch, refusal):
+def test_a_forks_loss_is_one_function_and_one_entry(world, forks, refusal):
     """One for pairs says so beside it, and then refuses all that is none."""
-    monkeypatch.setitem(exo.LOSSES, "ipo", ipo_loss)
     assert records(world.run("ipo"), "eval")[0]["loss"] == pytest.approx(25.0)
-    monkeypatch.setitem(exo.NEEDS, ipo_loss, exo.Needs(pairs=True))
-    world.run("ipo", "--overwrite")
     said = refusal(train.main, *world.argv("ipo", "--data", world.rewards, out="other"))[-1]
     assert f"{world.rewards}:1: ipo wants preference pairs, not rewards" in said
     said = refusal(train.main, *world.argv("ipo", "--online", "--reward", LETTERS))[-1]
     assert "ipo wants pairs, chosen first" in said
 
 
-def test_a_loss_without_a_reference_and_with_lengths(world, tmp_path, monkeypatch):
+def test_a_loss_without_a_reference_and_with_lengths(world, tmp_path, forks):
     """Nothing is asked of a reference, and the loss is what its formula says."""
-    monkeypatch.setitem(exo.LOSSES, "simpo", simpo_loss)
-    needs = exo.Needs(pairs=True, reference=False, lengths=True)
-    monkeypatch.setitem(exo.NEEDS, simpo_loss, needs)
+    assert not world.task("simpo")[1].groups.ref_logps.any()
     out, scored = world.run("simpo", "--beta_pi", 2), tmp_path / "scored.jsonl"
     kept = {f"{who}_{what}" for who in ("chosen", "rejected") for what in ("logps", "length")}
     for record in records(out, "eval") + records(out, "train"):
@@ -251,26 +202,6 @@ def test_the_named_gpu_is_the_one_that_is_used(tmp_path, monkeypatch):
         log.bar.close()
 
 
-class Compiled(torch.nn.Module):
-    """Stands for what torch.compile gives: the same function, rounded otherwise."""
-
-    def __init__(self, module, **how):
-        super().__init__()
-        self.module = module
-
-    def forward(self, batch):
-        return self.module(batch) * (1 + 1e-3)
-
-
-@pytest.mark.parametrize("stage", exo.LOSSES)
-def test_compiled_log_ratios_start_at_exactly_0(stage, world, monkeypatch):
-    """The reference is scored by the module that is trained, which rounds in its own way."""
-    monkeypatch.setattr(torch, "compile", Compiled)
-    out = world.run(stage, "--compile", "--micro_batch_size", 3, "--kl_samples", 0)
-    for record in (records(out, "eval")[0], records(out, "train")[0]):
-        assert record["chosen_logratio"] == record["rejected_logratio"] == record["margin"] == 0
-
-
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
 def test_tf32_only_on_a_gpu_and_not_where_float32_was_asked_for(dtype, monkeypatch):
     said = []
@@ -300,16 +231,17 @@ def whole(files, tmp_path_factory):
 
 @pytest.mark.parametrize("how", ["signal", "kill", "full disk"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stopped_run_resumes_bit_for_bit(stage, how, world, whole, monkeypatch, refusal):
-    """A signal saves after step 5; a kill in step 6 goes back to step 4, within a round, too; where
-    a checkpoint does not fit, the one before stays. The reference is not asked again: its log-probs
-    are in the checkpoint."""
+def test_a_stopped_run_resumes_bit_for_bit(stage, how, world, whole, monkeypatch, refusal, capsys):
+    """A signal saves after step 5 and says so; a kill in step 6 goes back to step 4, within a
+    round, too; where a checkpoint does not fit, the one before stays. The reference is not asked
+    again: its log-probs are in the checkpoint."""
     steps, asked, update, score, save = [], [], train.update, parallel.score, torch.save
+    number = signal.SIGINT if stage == "exo" else signal.SIGTERM  # Ctrl-C; what clusters send
 
     def interrupted(*args):
         steps.append(1)
         if len(steps) == 5 and how == "signal":
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         if len(steps) == 6 and how == "kill":
             raise ZeroDivisionError
         return update(*args)
@@ -329,7 +261,9 @@ def test_a_stopped_run_resumes_bit_for_bit(stage, how, world, whole, monkeypatch
         patch.setattr(train, "update", interrupted)
         patch.setattr(torch, "save", full_disk)
         if how == "signal":
-            assert train.main(argv) == 128 + signal.SIGTERM
+            assert train.main(argv) == 128 + number
+            said = "stopped at step 5 of 8; the same command with --resume goes on"
+            assert capsys.readouterr().err.splitlines()[-1] == said
         elif how == "kill":
             with pytest.raises(ZeroDivisionError):
                 train.main(argv)
@@ -342,24 +276,6 @@ def test_a_stopped_run_resumes_bit_for_bit(stage, how, world, whole, monkeypatch
     assert train.main([*argv, "--resume"]) == 0
     assert not any(asked)
     assert_same_run(whole(stage), out)
-
-
-def test_ctrl_c_saves_the_step_and_says_how_to_go_on(world):
-    """In a process of its own: 130 is what a shell expects. test_resume.py kills processes."""
-    argv = world.argv("exo", "--max_iters", 10**5, "--eval_interval", 10**4)
-    command = [sys.executable, "train.py", *argv]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    out, deadline = world.folder / "run", time.time() + 120
-    while not (out / "metrics.jsonl").exists() or len(records(out)) < 4:
-        assert process.poll() is None
-        assert time.time() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1].splitlines()[-1]
-    assert process.returncode == 130
-    step = load_checkpoint(out)["step"]
-    assert said == f"stopped at step {step} of 100000; the same command with --resume goes on"
-    assert records(out)[-1]["step"] == step > 0
 
 
 @pytest.mark.parametrize(
@@ -390,14 +306,11 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_step(
     assert "NaN" not in (out / "metrics.jsonl").read_text()
 
 
-def test_a_finished_run_resumes_to_itself_without_held_out_data(world, tmp_path):
-    """Settings are compared as settings.json holds them, where an empty tuple is a list."""
-    argv = ["dpo", "--data", world.pairs, "--init", world.sft, "--out", str(tmp_path / "run")]
+def test_a_finished_run_resumes_to_itself_without_held_out_data(world):
+    argv = ["dpo", "--data", world.pairs, "--init", world.sft, "--out", f"{world.folder}/run"]
     argv += ["--max_iters", "3", "--kl_samples", "0"]
-    assert train.main(argv) == 0
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert train.main([*argv, "--resume"]) == 0
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    before = [train.main(argv), records(world.folder / "run")]
+    assert [train.main([*argv, "--resume"]), records(world.folder / "run")] == before
 
 
 def test_what_does_not_change_the_mathematics_may_change_on_resume(world, refusal):
@@ -453,11 +366,13 @@ def test_a_run_is_not_overwritten_by_accident(world, refusal):
     """Nor by --overwrite the model that the new run would start from."""
     out = world.run("dpo", "--max_iters", 1)
     before = (out / "ckpt.pt").read_bytes()
-    (said,) = refusal(train.main, *world.argv("dpo"))
-    assert "--resume, --overwrite or another --out" in said
-    (said,) = refusal(train.main, *world.argv("dpo", "--init", out, "--overwrite"))
-    assert "would overwrite --init" in said
-    assert (out / "ckpt.pt").read_bytes() == before
+    for more, part in (
+        ([], "--resume, --overwrite or another --out"),
+        (["--init", out, "--overwrite"], "would overwrite --init"),
+    ):
+        (said,) = refusal(train.main, *world.argv("dpo", *more))
+        assert part in said
+        assert (out / "ckpt.pt").read_bytes() == before
     world.run("dpo", "--max_iters", 2, "--overwrite")
     assert load_checkpoint(out)["step"] == 2
 
@@ -479,26 +394,21 @@ def test_a_run_is_not_overwritten_by_accident(world, refusal):
         ("exo --data PAIRS --init PAIRS", "no file of torch.save"),
         ("exo --data PAIRS --init SFT --label_smoothing 0", "infinite"),
         ("dpo --data PAIRS --init SFT --label_smoothing 0.5", "must be 0 <= eps < 0.5, got 0.5"),
-        ("kto --data PAIRS --init SFT --online --reward math:sqrt", "invalid choice: 'kto'"),
         ("dpo --data PAIRS --init SFT --n_embd 32", "--n_embd 32 disagrees with --init"),
         ("dpo --data PAIRS --init SFT --encoding gpt2", "disagrees with --init"),
         ("dpo --data PAIRS --init SFT --device tpu", "--device tpu is not there"),
         ("sft --data PAIRS --n_embd 10 --n_head 3", "must be divisible by"),
-        ("sft --data PAIRS --encoding klingon", "unknown encoding 'klingon'"),
         ("sft --data PAIRS --epochs 1 --max_iters 2", "not both"),
+        ("exo --data PAIRS --init SFT --fsdp", "--fsdp needs several processes: torchrun"),
         ("sft --data PAIRS --resume", "holds no run with a checkpoint"),
-        ("reward --data F --label_smoothing 0.5", "--label_smoothing must be 0 <= eps < 0.5"),
         ("ppo --data F --init F", "ppo needs --reward"),
         ("ppo --data F --reward m:f", "ppo needs --init"),
         ("exo --data F --init F --online", "exo --online needs --reward"),
         ("dpo --data F --init F --online --reward m:f --K 1", "--K must be at least 2 to compare"),
         ("sft --data F --online", "--online is for exo and dpo"),
-        ("ppo --data F --init F --reward m:f --online", "--online is for exo and dpo"),
         ("exo --data F --init F --reward m:f --kl_samples 0", "--kl_samples must not be 0"),
-        ("ppo --data PAIRS --init SFT --reward nowhere", "no checkpoint at nowhere"),
         ("ppo --data PAIRS --init SFT --reward SFT", "is no reward model: its stage is sft"),
         ("ppo --data PAIRS --init SFT --reward no_module:f", "--reward no_module:f: No module"),
-        ("ppo --data PAIRS --init SFT --reward math:absent", "has no attribute 'absent'"),
         *((f"{name} --data PAIRS --init RM", "is a reward model: it rates") for name in exo.LOSSES),
         ("sft --data PAIRS --init RM", "is a reward model: it rates text and writes none"),
     ],
