@@ -17,11 +17,13 @@ never on its batch mates: --batch_size changes speed and nothing else.
 models and the target that they are compared with.
 
 --out grows by whole lines. The same command, given again, goes on: it skips as many rows as the
-file has lines. One process: to use many GPUs, give each a share of the prompts.
+file has lines. Beside it stands what decides its rows, in FILE.settings.json: with another seed,
+model or prompts, or where that file is not there, --out is refused. One process: to use many GPUs,
+give each a share of the prompts.
 """
 
 import argparse
-import json
+import contextlib
 import os
 import signal
 import sys
@@ -34,9 +36,10 @@ from tqdm import tqdm
 
 import exo
 from data import Builder, decode, encode, get_encoding
-from infra.checkpoint import FILES, export, load_gpt
+from infra.checkpoint import FILES, export, fingerprint, load_gpt
+from infra.outputs import OutFile, checksum
 from infra.parallel import Parser, autocast, complain, pick_device, run_program, say, score
-from infra.rows import InputError, Report, Row, make_folder, one_sentence, read_files
+from infra.rows import InputError, Report, Row, one_sentence, read_files
 from model import Scorer
 
 
@@ -225,31 +228,32 @@ def run(args: argparse.Namespace) -> None:
         ]
         say(f"{path}: {report}", sys.stderr)
         todo = rows if args.score else [(i, row.prompt) for i, (_, row) in enumerate(rows)]
-    done = whole_lines(Path(args.out), args.overwrite) if args.out else 0
-    work, starts = sampler.score if args.score else sampler.sample, range(done, len(todo))
-    starts = starts[:: args.batch_size]
-    for start in tqdm(starts, "rows", disable=len(starts) < 2):
-        for row in work(todo[start : start + args.batch_size]):
-            append(Path(args.out), row) if args.out else show(row)
+    with contextlib.ExitStack() as held:
+        file = OutFile(Path(args.out), settings_of(sampler, todo), held) if args.out else None
+        done = file.whole_lines(args.overwrite) if file else 0
+        work, starts = sampler.score if args.score else sampler.sample, range(done, len(todo))
+        starts = starts[:: args.batch_size]
+        for start in tqdm(starts, "rows", disable=len(starts) < 2):
+            rows = work(todo[start : start + args.batch_size])
+            if file:
+                file.write(rows, first=start == 0)
+                continue
+            for row in rows:
+                show(row)
     if sampler.report.cut_prompts or sampler.report.cut_completions:
         say(f"cut to block_size: {sampler.report.cut()}", sys.stderr)
 
 
-def whole_lines(path: Path, overwrite: bool) -> int:
-    """How many lines --out has; a last one that was cut off is removed."""
-    make_folder(path.parent)
-    with one_sentence(f"cannot write {path}", OSError), open(path, "ab+") as file:
-        file.seek(0)
-        content = b"" if overwrite else file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-    if found := content.count(b"\n"):
-        say(f"{path}: its {found} rows are kept; --overwrite makes them anew", sys.stderr)
-    return found
+FREE = ("out", "overwrite", "device", "batch_size")  # flags that may change when --out goes on
+FREE += ("checkpoint", "which", "ref", "prompt", "prompts", "score")  # what they name is compared
 
 
-def append(path: Path, row: dict) -> None:
-    with one_sentence(f"cannot write {path}", OSError), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+def settings_of(sampler: Sampler, todo: list) -> dict:
+    """All that decides the rows."""
+    flags = {name: value for name, value in vars(sampler.args).items() if name not in FREE}
+    flags |= {"temperature": sampler.temperature, "max_new_tokens": sampler.new}
+    models = {name: fingerprint(scorer) for name, scorer in sampler.models.items()}
+    return flags | {"models": models, "rows": checksum(repr(row).encode() for row in todo)}
 
 
 def show(row: dict) -> None:

@@ -17,6 +17,7 @@ loop knows steps, schedule, logging and saving, and nothing of methods. What a s
     held_out                  groups to measure the loss on, or None; the lowest decides best.pt
     evaluate(step)            more figures of an evaluation; figures: more of the training records
     heads                     modules beside the GPT that are saved with it
+    data                      a checksum of the rows of each --data and --eval_data
     state(), load_state(it)   what a resumed run needs beside weights, optimizer and step
 
 All randomness is a function of (seed, step), so a resumed run needs no generator states. The
@@ -30,6 +31,7 @@ the loop; saving. The other stages are in methods/, many processes and run folde
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -50,9 +52,19 @@ from tqdm import tqdm
 import exo
 from data import Batch, Epochs, Groups, collate, get_encoding, read_groups, set_targets
 from infra import parallel
-from infra.checkpoint import FILES, check_free, load_gpt, load_run, open_run, plain, save_run
+from infra.checkpoint import (
+    FILES,
+    check_free,
+    enter_run,
+    fingerprint,
+    load_gpt,
+    load_run,
+    plain,
+    save_run,
+)
+from infra.outputs import append, checksum, read_records
 from infra.parallel import all_sum, gather, in_first, rank, say, shares, world
-from infra.rows import InputError, make_folder, one_sentence, replacing
+from infra.rows import InputError, one_sentence, replacing, write_json
 from model import GPT, GPTConfig, Scorer
 
 # ------------------------------------------------------------------------------
@@ -74,6 +86,7 @@ BETA = Number(float, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6")
 POSITIVE = Number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
 AMOUNT = Number(float, lambda x: 0 <= x < math.inf, "a finite number, at least 0")
 SHARE = Number(float, lambda x: 0 <= x < 1, "in [0, 1)")
+SEED = Number(int, lambda n: 0 <= n < 2**63, "at least 0 and below 2**63")
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -136,7 +149,7 @@ class Settings:
     kl_samples: int = flag(32, INDEX, "texts drawn to estimate KL(pi || sft), reward; 0: none")
     max_new_tokens: int = flag(64, COUNT, "longest draw, half of block_size at most")
     # machine
-    seed: int = flag(0, INDEX, "the same seed gives the same numbers")
+    seed: int = flag(0, SEED, "the same seed gives the same numbers")
     device: str | None = flag(None, str, "cuda, mps or cpu (the first there is)")
     dtype: str | None = flag(None, DTYPES, "bfloat16: autocast (on cuda, if not said)")
     compile: bool = flag(False, bool, "torch.compile: pays off on a GPU, slow to start on a CPU")
@@ -177,9 +190,10 @@ class Settings:
             yield s.data or s.eval_data or s.init, said
             return
         yield not s.data, f"{s.stage} needs --data FILE"
-        init, out = os.path.realpath(s.init), os.path.realpath(s.out)
-        inside = s.init and out in (init, os.path.dirname(init))
-        yield inside, f"--out {s.out} would overwrite --init {s.init}"
+        for name, value in (("init", s.init), ("reward", s.reward)):
+            path, out = os.path.realpath(value), os.path.realpath(s.out)
+            inside = os.path.exists(value) and out in (path, os.path.dirname(path))
+            yield inside, f"--out {s.out} would overwrite --{name} {value}"
         yield s.online and not s.preference, f"--online is for {' and '.join(exo.LOSSES)}"
         said = f"{s.stage} wants pairs, chosen first: it cannot learn --online"
         yield s.online and s.needs.pairs, said
@@ -260,9 +274,10 @@ class Policy:
         sft = self.sft if on_cpu else copy.deepcopy(self.sft).to(self.device)
         return Scorer(sft, self.temperature).requires_grad_(False)
 
-    def fingerprint(self) -> float:
+    @functools.cached_property
+    def fingerprint(self) -> int:
         """Of sft, to see on resume that it is still the same."""
-        return sum(p.double().abs().sum().item() for p in self.sft.parameters()) if self.sft else 0
+        return fingerprint(self.sft) if self.sft else 0
 
 
 def make_policy(s: Settings, device: torch.device) -> Policy:
@@ -316,7 +331,10 @@ def make_stage(s: Settings, device: torch.device):
         groups, report = read_groups(paths, policy.encoding, block_size, use)
         say(f"{', '.join(paths)}: {report}")
         read.append(groups)
-    return stage(s, policy, *read)
+    data = [checksum([g.tokens, g.offsets, g.first, g.ended, g.rewards]) for g in read]
+    made = stage(s, policy, *read)
+    made.data = data
+    return made
 
 
 def adamw(module: torch.nn.Module, s: Settings, learning_rate: float) -> torch.optim.AdamW:
@@ -481,9 +499,8 @@ def fit(s: Settings, stage) -> int:
     peak = s.learning_rate or (5e-5 if s.init else 1e-3)
     optimizer = adamw(stage.policy.scorer, s, peak)
     state = resume(s, stage, optimizer) if s.resume else dict(NEW)
-    in_first(open_run, out, plain(s))
-    log = Log(s, stage.policy.device, state["step"], steps)
-    with Stop() as stop, rescue(s, stage, optimizer, state), log.bar:
+    log = Log(s, stage.policy.device, state, steps)
+    with Stop() as stop, rescue(s, stage, optimizer, state, log), log.bar:
         while True:
             step = state["step"]
             due = step % s.eval_interval == 0 or step == steps
@@ -498,10 +515,11 @@ def fit(s: Settings, stage) -> int:
             if step % s.log_interval == 0 or step == steps:
                 sums = all_sum(*(x.item() for x in figures.values()))
                 figures = dict(zip(figures, sums, strict=True)) | {"lr": rate, **log.rates()}
-                log.write("train", step, figures | stage.figures)
+                log.record("train", step, figures | stage.figures)
+                log.write()
             log.advance()
     if number := next(filter(None, gather(stop.signal)), None):
-        save(s, stage, optimizer, state, False)
+        save(s, stage, optimizer, state, False, log)
         said = f"stopped at step {state['step']} of {steps}; the same command with --resume goes on"
         say(said, sys.stderr)
         return 128 + number
@@ -562,16 +580,17 @@ def rows_of(groups: Groups, ids: np.ndarray, at_most: int = 8) -> str:
 
 
 def evaluate(s: Settings, stage, optimizer, state: dict, log: "Log") -> None:
-    """Measure, write it down and only then save: a run killed in between measures again."""
+    """Measure, write it down with the checkpoint, and only then know of it: where one of the files
+    could not be written, a resumed run measures again."""
     more = stage.evaluate(state["step"])
     figures = (held_out_figures(s, stage) if stage.held_out else {}) | more
     loss = figures.get("loss", math.inf)
-    if math.isnan(loss):
+    if "loss" in figures and not math.isfinite(loss):
         raise Diverged("the held-out loss is no number")
-    log.write("eval", state["step"], figures)
-    better = loss < state["best"]
-    state |= {"evaluated": state["step"], "best": min(state["best"], loss)}
-    save(s, stage, optimizer, state, better)
+    log.record("eval", state["step"], figures)
+    now = state | {"evaluated": state["step"], "best": min(state["best"], loss)}
+    save(s, stage, optimizer, now, loss < state["best"], log, first=state["evaluated"] < 0)
+    state |= now
     log.start_clock()
 
 
@@ -593,31 +612,35 @@ def held_out_figures(s: Settings, stage) -> dict[str, float]:
 
 class Log:
     """metrics.jsonl, one record a line, and the progress bar. On resume, records after the
-    checkpoint's step are dropped. Rates are means since the last record of training:
-    drawing counts, evaluation does not."""
+    checkpoint are dropped. Rates are means since the last record of training: drawing counts,
+    evaluation does not."""
 
-    def __init__(self, s: Settings, device: torch.device, step: int, steps: int):
+    def __init__(self, s: Settings, device: torch.device, state: dict, steps: int):
         self.device, self.shown, self.path = device, {}, Path(s.out) / "metrics.jsonl"
-        in_first(self.keep_until, step)
-        self.bar = tqdm(total=steps, initial=step, desc=s.stage, disable=rank() > 0)
+        self.waiting = []  # records that are not in the file yet
+        self.saved = state["step"] if s.resume else None  # step of the last checkpoint
+        if s.resume:
+            in_first(self.keep_until, state)
+        self.bar = tqdm(total=steps, initial=state["step"], desc=s.stage, disable=rank() > 0)
         self.start_clock()
 
-    def keep_until(self, step: int) -> None:
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+    def keep_until(self, state: dict) -> None:
+        last = {"train": state["step"], "eval": state["evaluated"]}
         with one_sentence(f"cannot read {self.path}"):
-            kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step]
+            kept = [r for r in read_records(self.path) if r["step"] <= last[r["kind"]]]
         with replacing(self.path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
+            append(temporary, kept)
 
-    def append(self, record: dict) -> None:
-        with one_sentence(f"cannot write {self.path}", OSError), open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def write(self, kind: str, step: int, figures: dict) -> None:
+    def record(self, kind: str, step: int, figures: dict) -> None:
         where = "eval_" if kind == "eval" else ""
         shown = [name for name in ("loss", "accuracy", "reward", "kl") if name in figures]
         self.shown |= {where + name: figures[name] for name in shown}
-        in_first(self.append, {"step": step, "kind": kind, **figures})
+        known = {name: x if math.isfinite(x) else None for name, x in figures.items()}
+        self.waiting.append({"step": step, "kind": kind, **known})
+
+    def write(self) -> None:
+        in_first(append, self.path, self.waiting)
+        self.waiting.clear()
 
     def start_clock(self) -> None:
         self.start, self.work = time.perf_counter(), np.zeros(2)  # groups, tokens
@@ -640,7 +663,9 @@ class Log:
 NEW = {"step": 0, "evaluated": -1, "best": math.inf}  # of a run, beside weights and optimizer
 
 
-def save(s: Settings, stage, optimizer, state: dict, better: bool) -> None:
+def save(
+    s: Settings, stage, optimizer, state: dict, better: bool, log: Log, first: bool = False
+) -> None:
     policy = stage.policy
     weights = {
         "model": parallel.weights_to_save(policy.gpt),
@@ -653,16 +678,23 @@ def save(s: Settings, stage, optimizer, state: dict, better: bool) -> None:
     rest = state | {
         "optimizer": parallel.optimizer_to_save(policy.scorer, optimizer),
         "task": stage.state(),
-        "sft": policy.fingerprint(),
+        "sft": policy.fingerprint,
+        "data": stage.data,
     }
-    in_first(save_run, Path(s.out), weights, rest, better)
+    settings = plain(s) if first else None
+    in_first(save_run, Path(s.out), weights, rest, better, log.waiting, settings)
+    log.waiting.clear()
+    log.saved = state["step"]
 
 
 def resume(s: Settings, stage, optimizer) -> dict:
     """Loads the run in --out; returns its state, as NEW has it."""
     ckpt, policy = load_run(Path(s.out), plain(s)), stage.policy
-    if not math.isclose(ckpt["sft"], policy.fingerprint(), rel_tol=1e-9):
+    if ckpt["sft"] != policy.fingerprint:
         raise InputError(f"--resume: --init {s.init} is another model than when the run began")
+    if ckpt["data"] != stage.data:
+        files = ", ".join([*s.data, *s.eval_data])
+        raise InputError(f"--resume: the rows of {files} are not those with which the run began")
     if ckpt["step"] > stage.steps:
         said = f"the run in {s.out} is at step {ckpt['step']}, beyond the {stage.steps} asked for"
         raise InputError(f"--resume: {said}")
@@ -672,6 +704,7 @@ def resume(s: Settings, stage, optimizer) -> dict:
             parallel.load_weights(head, ckpt[name])
         parallel.load_optimizer(policy.scorer, optimizer, ckpt["optimizer"])
         stage.load_state(ckpt["task"])
+    in_first(write_json, Path(s.out) / "settings.json", plain(s))
     return {k: ckpt[k] for k in NEW}
 
 
@@ -694,20 +727,21 @@ class Stop:
 
 
 @contextlib.contextmanager
-def rescue(s: Settings, stage, optimizer, state: dict):
+def rescue(s: Settings, stage, optimizer, state: dict, log: Log):
     """A user's reward function may break a run at any round: what was learned is saved first. Where
-    the run itself broke, the last checkpoint is kept."""
+    the run itself broke, or nothing can be saved, the last checkpoint is kept."""
     try:
         yield
     except Diverged as error:
-        kept = f"; {s.out} keeps the checkpoint of step {state['evaluated']}"
+        kept = "" if log.saved is None else f"; {s.out} keeps the checkpoint of step {log.saved}"
         raise InputError(f"step {state['step']}: {error}{kept}") from error
     except InputError as error:
-        if not state["step"]:
+        if log.saved is None:
             raise
-        save(s, stage, optimizer, state, False)
+        with contextlib.suppress(InputError):
+            save(s, stage, optimizer, state, False, log)
         said = f"stopped at step {state['step']}, the same command with --resume goes on"
-        raise InputError(f"{error}; {said}") from error
+        raise InputError(f"{error}; {said} from step {log.saved}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -718,18 +752,27 @@ def main(argv: list[str] | None = None) -> int:
 
             if os.environ.get("WORLD_SIZE", "1") != "1":
                 raise InputError("toy runs in one process: start it without torchrun")
-            make_folder(Path(s.out))
-            run(s.out, s.seeds, s.sweep)
+            check_free(Path(s.out), False, True)
+            with contextlib.ExitStack() as held:
+                enter_run(Path(s.out), True, held)
+                run(s.out, s.seeds, s.sweep)
             return 0
-        check_free(Path(s.out), s.resume, s.overwrite)
+        s.resume = check_free(Path(s.out), s.resume, s.overwrite)
         if s.fsdp and "RANK" not in os.environ:
             raise InputError("--fsdp needs several processes: torchrun --nproc_per_node=N train.py")
-        with parallel.processes(s.device) as device:
+        with parallel.processes(s.device) as device, contextlib.ExitStack() as held:
             parallel.set_precision(s.dtype, device)
-            return fit(s, make_stage(s, device))
+            stage = make_stage(s, device)
+            in_first(enter_run, Path(s.out), s.resume or s.overwrite, held)
+            return fit(s, stage)
     except KeyboardInterrupt:  # the toy, before the first step, or a second Ctrl-C
         say("train.py: stopped before it could save", sys.stderr)
         return 130
+    except (MemoryError, torch.OutOfMemoryError):
+        less = f"--micro_batch_size below {s.at_once} or --gradient_checkpointing need less memory"
+        kept = f"checkpoints in {s.out} are whole, the same command with --resume goes on"
+        parallel.complain("train.py", InputError(f"out of memory; {less}; {kept}"))
+        return 2
     except (InputError, OSError) as error:  # a name too long, a folder without permission
         parallel.complain("train.py", error)
         return 2

@@ -3,13 +3,18 @@ Run folders: what a run leaves, how it is read again, and how it goes on.
 
     settings.json   the flags           ckpt.pt         the last state, to resume
     config.json     the model's shape   best.pt         the weights with the lowest held-out loss
-    metrics.jsonl   a record a line
+    metrics.jsonl   a record a line     run.lock        number of the process that writes here
 
 A checkpoint is a dict of tensors, numbers and strings: {model, config, encoding, temperature,
-stage, head (of a reward model)}; ckpt.pt has {step, evaluated, best, optimizer, task, sft}
+stage, head (of a reward model)}; ckpt.pt has {step, evaluated, best, optimizer, task, sft, data}
 beside these. It knows nothing of processes: what many sharded processes saved one process loads.
+
+One process at a time writes to a folder; reading one asks nobody. What an old run left stays until
+the first checkpoint of the new one is written whole. Nothing is synced to the disk: kill -9 loses
+nothing, a power cut may.
 """
 
+import contextlib
 import json
 import shutil
 from dataclasses import asdict, fields
@@ -19,6 +24,7 @@ import torch
 
 from data import get_encoding
 from infra.huggingface import from_pretrained, pretrained_config, save_pretrained, tokenizer_files
+from infra.outputs import append, checksum, hold, read_records
 from infra.rows import InputError, make_folder, one_sentence, read_json, replacing, write_json
 from infra.untrusted import check_weights, encoding_of, fitting, load_file
 from model import GPT, GPTConfig
@@ -29,8 +35,12 @@ KINDS = {  # of a checkpoint's entries, as far as it has them
     **dict.fromkeys(("encoding", "stage"), str),
     **dict.fromkeys(("step", "evaluated"), int),
     **dict.fromkeys(("temperature", "best", "sft"), (int, float)),
+    "data": list,
 }
-GO_ON = ("step", "evaluated", "best", "optimizer", "task", "sft")  # beside weights, to resume
+WRITTEN = ("settings.json", "config.json", "metrics.jsonl", *FILES.values())  # by a run
+TOY = ("results.json", "sweep.json")  # by the toy, and pictures
+OTHERWISE = "give --resume, --overwrite or another --out"
+GO_ON = ("step", "evaluated", "best", "optimizer", "task", "sft", "data")  # to resume
 FREE = {  # flags that may change when a run goes on: the mathematics stays
     *("out", "resume", "overwrite", "device", "compile", "fsdp"),
     *("micro_batch_size", "gradient_checkpointing", "max_iters", "epochs", "log_interval"),
@@ -144,9 +154,44 @@ def plain(settings) -> dict:
     return json.loads(json.dumps(asdict(settings)))
 
 
-def check_free(out: Path, resume: bool, overwrite: bool) -> None:
-    if (out / "ckpt.pt").exists() and not (resume or overwrite):
-        raise InputError(f"{out} holds a run: give --resume, --overwrite or another --out")
+def fingerprint(module: torch.nn.Module) -> int:
+    """checksum of the weights."""
+    return checksum(p.detach().cpu().contiguous().numpy() for p in module.parameters())
+
+
+def enter_run(out: Path, may_exist: bool, held: contextlib.ExitStack) -> None:
+    """Makes the run folder, only when all input has been read, and keeps it until `held` closes."""
+    make_folder(out)
+    hold(out / "run.lock", [out / name for name in WRITTEN + TOY], held)
+    if may_exist:
+        return
+    if (out / "ckpt.pt").exists():  # since check_free
+        raise InputError(f"{out} holds a run: {OTHERWISE}")
+    for name in ("best.pt", "metrics.jsonl"):  # of a process that was killed as it began
+        (out / name).unlink(missing_ok=True)
+
+
+def check_free(out: Path, resume: bool, overwrite: bool) -> bool:
+    """Whether there is a checkpoint to go on from: a run that was killed before its first one
+    simply starts. Raises InputError for a folder with files that train.py would replace and did not
+    write, for a run that nobody said to replace, and for one that has lost its checkpoint."""
+    found = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    marks = {"settings.json": "stage", "results.json": "worlds"}  # of a run, of the toy
+    mine = "run.lock" in found or any(
+        name in found and mark in read_json(out / name) for name, mark in marks.items()
+    )
+    pictures = {name for name in found if name.endswith((".png", ".gif"))}
+    if not mine and (others := sorted(found & {*WRITTEN, *TOY} | pictures)):
+        raise InputError(f"{out} has a {others[0]} that train.py did not write: give another --out")
+    if found & {*FILES.values(), "metrics.jsonl"} and not (resume or overwrite):
+        raise InputError(f"{out} holds a run: {OTHERWISE}")
+    if resume and "ckpt.pt" not in found:
+        replaced = any(name.startswith(".ckpt.pt.") for name in found)  # killed just then
+        trained = any(record["step"] for record in read_records(out / "metrics.jsonl"))
+        if trained and not replaced:
+            raise InputError(f"--resume: {out} has lost its ckpt.pt; --overwrite begins anew")
+        return False
+    return resume
 
 
 def load_run(out: Path, settings: dict) -> dict:
@@ -163,23 +208,21 @@ def load_run(out: Path, settings: dict) -> dict:
     return ckpt
 
 
-def open_run(out: Path, settings: dict) -> None:
-    """Makes the run folder, only when all input has been read."""
-    for half_written in out.glob(".*.pt.*"):  # by a process that was killed while it saved
-        half_written.unlink()
-    if not settings["resume"]:
-        check_free(out, False, settings["overwrite"])
-        make_folder(out)
-        for old in (*FILES.values(), "metrics.jsonl"):
-            (out / old).unlink(missing_ok=True)
-    write_json(out / "settings.json", settings)
-
-
-def save_run(out: Path, weights: dict, rest: dict, better: bool) -> None:
-    """ckpt.pt with everything a resumed run needs, and best.pt with the weights alone."""
-    write_json(out / "config.json", weights["config"] | {"encoding": weights["encoding"]})
-    best = {out / "best.pt": weights | {"step": rest["step"]}} if better else {}
-    for path, value in (best | {out / "ckpt.pt": weights | rest}).items():
-        said = f"cannot write {path}, is the disk full?"
-        with one_sentence(said, RuntimeError), replacing(path) as temporary:
-            torch.save(value, temporary)
+def save_run(
+    out: Path, weights: dict, rest: dict, better: bool, records=(), settings: dict | None = None
+) -> None:
+    """ckpt.pt with everything a resumed run needs, best.pt with the weights alone, and the records
+    up to here. The checkpoints are whole before anything else in the folder changes. settings: of a
+    run whose first checkpoint this is; what an old run left goes now."""
+    best = replacing(out / "best.pt") if better else contextlib.nullcontext()
+    full = one_sentence(f"cannot write to {out}, is the disk full?", RuntimeError)
+    with full, replacing(out / "ckpt.pt") as whole, best as weights_alone:
+        torch.save(weights | rest, whole)
+        if better:
+            torch.save(weights | {"step": rest["step"]}, weights_alone)
+        if settings:
+            for old in ("ckpt.pt", "best.pt", "metrics.jsonl"):
+                (out / old).unlink(missing_ok=True)
+            write_json(out / "settings.json", settings)
+            write_json(out / "config.json", weights["config"] | {"encoding": weights["encoding"]})
+        append(out / "metrics.jsonl", records)

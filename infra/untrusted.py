@@ -25,12 +25,15 @@ from model import GPT, GPTConfig
 
 def load_file(file: Path) -> object:
     """What torch.save wrote. A zip file's tensors stay on the disk until they are read, and it must
-    not be compressed: it would unpack to any size."""
+    not be compressed: it would unpack to any size. All parts have checksums, which finds a bit that
+    flipped (a second for 1.5 GB, where torch reads on demand)."""
     zipped = zipfile.is_zipfile(file)
     if zipped:
         with zipfile.ZipFile(file) as parts:
             if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
                 raise ValueError("it is compressed, as torch.save writes no file")
+            if part := parts.testzip():
+                raise ValueError(f"{part} is not what was written: its checksum is another")
     with warnings.catch_warnings(action="ignore"):  # of torch's, about strange pickles
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)

@@ -83,7 +83,7 @@ def drawn_figures(policy, s, ref, prompts: Groups, reward, step: int) -> dict:
     """KL(pi || sft), with a reward its mean, and their standard errors, from one completion of each
     of kl_samples prompts."""
     chosen = [prompts.prompt(g) for g in evenly_spaced(len(prompts), s.kl_samples)]
-    generator = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed((s.seed * 1_000_003 + step) % 2**63)
     drawn = draw(policy, s, chosen, 1, generator)
     logps, ref_logps = (
         score(module, drawn, s.at_once, policy.device, s.dtype) for module in (policy.module, ref)

@@ -199,7 +199,7 @@ def function_reward(spec: str):
     def call(*args):
         try:
             return function(*args)
-        except Exception as error:  # whatever a user's function raises
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # whatever it raises
             about = f"{len(args[1])} completions" if at_once else f"the completion {short(args[1])}"
             why = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
             raise InputError(f"--reward {spec}: {why}, for {about}") from error

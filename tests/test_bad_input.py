@@ -292,7 +292,7 @@ def test_entries_of_another_type_are_refused(which, world, files, reward_model):
 WORDS = ["", "-1", "0", "1", "2.5", "1e-300", "1e308", "nan", "inf", "-inf", "9" * 30, "x" * 5000]
 WORDS += ["\udc80", "a\nb", "a b", "~", ".", "/dev/zero", "cpu:x", "cuda:99", ":", "a:b", "math:pi"]
 WORDS += ["float32", "--", "-", "{}", "%s", "\u202e", "1_0", "0x10", "True", "none.jsonl"]
-LEFT_OUT = {"stage", "max_iters", "epochs", "seed", "seeds", "sweep", "compile", "fsdp"}
+LEFT_OUT = {"stage", "max_iters", "epochs", "seeds", "sweep", "compile", "fsdp"}
 
 
 def flags_of(stage: str) -> list[str]:

@@ -136,7 +136,8 @@ def test_a_function_that_breaks_later_loses_nothing(stage, world, monkeypatch, r
     last = refusal(train.main, *argv)[-1]
     step = 4 if stage == "ppo" else 2  # one evaluation, two rounds, and the third breaks
     assert last.startswith(f"train.py: --reward {LETTERS} must return a number for each completion")
-    assert last.endswith(f"stopped at step {step}, the same command with --resume goes on")
+    said = f"stopped at step {step}, the same command with --resume goes on from step {step}"
+    assert last.endswith(said)
     assert load_checkpoint(out)["step"] == step
     assert train.main([*argv, "--resume"]) == 0
     assert load_checkpoint(out)["step"] == 8

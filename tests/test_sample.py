@@ -15,6 +15,7 @@ import exo
 import sample
 import train
 from infra.checkpoint import load_gpt
+from infra.rows import InputError
 
 
 def sample_argv(world, out: Path, *more) -> list[str]:
@@ -169,8 +170,15 @@ def test_a_stopped_sampling_goes_on(scoring, world, tmp_path):
 @pytest.mark.parametrize(
     ("where", "call", "error", "status", "said", "rows"),
     [
-        ("json.dumps", 6, KeyboardInterrupt(), 130, "keeps its rows, the same command goes on", 5),
-        ("json.dumps", 6, OSError(28, "No space left on device"), 2, "cannot write", 5),
+        (
+            "infra.outputs.append",
+            2,
+            KeyboardInterrupt(),
+            130,
+            "keeps its rows, the same command goes on",
+            4,
+        ),
+        ("infra.outputs.append", 2, InputError("cannot write"), 2, "cannot write", 4),
         ("tests.rewards.letters", 17, ValueError("no"), 2, "letters: ValueError: no", 8),
     ],
 )

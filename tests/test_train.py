@@ -44,7 +44,7 @@ STEP = {"step", "kind", "lr", "grad_norm", "tokens_per_s", "groups_per_s", "peak
 
 
 def test_sft_learns_and_leaves_a_whole_run_folder(world):
-    names = {"settings.json", "config.json", "ckpt.pt", "best.pt", "metrics.jsonl"}
+    names = {"settings.json", "config.json", "ckpt.pt", "best.pt", "metrics.jsonl", "run.lock"}
     assert {p.name for p in Path(world.sft).iterdir()} == names
     first, *_, last = records(world.sft, "eval")
     assert first["loss"] == pytest.approx(np.log(257), abs=0.05)  # knows nothing
@@ -197,7 +197,7 @@ def test_the_named_gpu_is_the_one_that_is_used(tmp_path, monkeypatch):
     s = train.parse(f"sft --data x --device cuda:1 --out {tmp_path}".split())
     with parallel.processes(s.device) as device:
         assert current == [device] == [gpu]
-        log = train.Log(s, device, 0, 1)
+        log = train.Log(s, device, train.NEW, 1)
         assert log.rates()["peak_gb"] == 3
         log.bar.close()
 
@@ -400,7 +400,6 @@ def test_a_run_is_not_overwritten_by_accident(world, refusal):
         ("sft --data PAIRS --n_embd 10 --n_head 3", "must be divisible by"),
         ("sft --data PAIRS --epochs 1 --max_iters 2", "not both"),
         ("exo --data PAIRS --init SFT --fsdp", "--fsdp needs several processes: torchrun"),
-        ("sft --data PAIRS --resume", "holds no run with a checkpoint"),
         ("ppo --data F --init F", "ppo needs --reward"),
         ("ppo --data F --reward m:f", "ppo needs --init"),
         ("exo --data F --init F --online", "exo --online needs --reward"),
@@ -429,7 +428,7 @@ def test_each_number_says_its_range(name, refusal):
     """What is just outside, and what is no finite number."""
     kind = KINDS[name]
     least = {train.COUNT: "0", train.FEW: "1001", train.INDEX: "-1", train.AMOUNT: "-1.0"}
-    least |= {train.POSITIVE: "0.0", train.BETA: "1e-07"}
+    least |= {train.POSITIVE: "0.0", train.BETA: "1e-07", train.SEED: str(2**63)}
     for value in [least.get(kind, "1.0"), *(["nan", "inf"] if kind.type is float else [])]:
         (said,) = refusal(train.main, "sft", "--data", "F", f"--{name}", value)
         assert f"--{name} must be {kind.range}, got {value}" in said
