@@ -255,20 +255,24 @@ def text_compared(question: str, data: dict) -> str:
 
 
 def text_turns() -> str:
-    """Where the oracle's reward is highest along a grid, and what is left where the pull is
-    strongest: medians over seeds."""
-    lines = {}
-    for method, labels in distinct(TEXT["turns"], "method", "labels"):
-        own = only(TEXT["turns"], method=method, labels=labels)
-        median = {k: np.median([row[k] for row in own]) for k in own[0] if k != "method"}
-        turned = sum(row["turned"] for row in own)
-        lines[f"{method}, {labels or 'all'} labels"] = {
-            "highest oracle reward": "{oracle_top:.2f} at KL {kl_top:.2f}".format(**median),
-            "farthest out": "{oracle_end:.2f} at KL {kl_end:.2f}".format(**median),
-            "well formed there": "{well_formed_end:.0%}".format(**median).replace("%", " %"),
-            "reward model, there and there": "{rm_top:.2f}, {rm_end:.2f}".format(**median),
-            "turned": f"{turned} of {len(own)}",
-        }
+    """Of each grid the policy with the highest oracle reward, and the one farthest out: medians
+    over seeds. A seed has turned if the oracle prefers the one and the reward model the other."""
+    lines, grids = {}, only(TEXT["fits"], grid=True)
+    for method, labels in distinct(grids, "method", "labels"):
+        own = only(grids, method=method, labels=labels)
+        ends = [
+            [max(only(own, seed=seed), key=lambda row: row[name]) for name in ("oracle", "kl")]
+            for seed in distinct(own, "seed")
+        ]
+        turned = sum(a["oracle"] > b["oracle"] and a["rm"] < b["rm"] for a, b in ends)
+        line = lines.setdefault(f"{method}, {labels or 'all'} labels", {})
+        for head, rows in zip(("best", "farthest"), zip(*ends, strict=True), strict=True):
+            middle = {k: np.median([row[k] for row in rows]) for k in ("oracle", "kl", "rm")}
+            line[f"{head}: oracle"] = "{oracle:.2f} at KL {kl:.2f}".format(**middle)
+            line[f"{head}: reward model"] = "{rm:.2f}".format(**middle)
+            formed = np.median([row["well_formed"] for row in rows])
+            line[f"{head}: well formed"] = f"{100 * formed:.0f} %"
+        line["turned"] = f"{turned} of {len(ends)}"
     return markdown("", lines)
 
 

@@ -1,6 +1,5 @@
 """
-The text world's figures, one for each question: from what results.json holds to PNGs, each for a
-light page and a dark one.
+The text world's figures: from what results.json holds to PNGs, for a light page and a dark one.
 
     python -m experiments.text.figures     draws those of assets/text again
 

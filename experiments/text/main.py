@@ -1,7 +1,7 @@
 """
 The text world: every method of the paper by the stages a user runs, at equal KL(pi || sft).
 
-    python -m experiments.text.main --quick     one seed, no search, short runs: minutes
+    python -m experiments.text.main --quick     one seed and question, a short sft: minutes
     python -m experiments.text.main             all of constants.FULL: an hour on two cores
     python -m experiments.text.main --first_seed 5 --questions methods --out out/text-again
 

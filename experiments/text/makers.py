@@ -1,10 +1,8 @@
 """
 How each piece is made: files for a stage of train.py, the stage, the judgement.
 
-    sft     data -> train.py sft -> completions of the training prompts and of the held-out ones,
-            their log-odds by the grammar, and pairs of them with Bradley-Terry labels by the oracle
-    rm      train.py reward on the first pairs -> its rewards of all completions; sft, judged as the
-            policies are; the optimum of the oracle's reward at the targets' KLs
+    sft     data -> train.py sft -> completions, their log-odds, pairs labelled by the oracle
+    rm      train.py reward on the first pairs -> its rewards of completions; sft as judged; pi*
     fit     train.py exo, dpo or ppo at one beta -> draws on the held-out prompts, judged
 
 A maker takes (the folder of all run folders, the piece's name, its settings), works in the run
@@ -18,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from experiments.text import constants, measures, reviews, stages
-from infra.rows import replacing
 
 SFT_SEED, POOL_SEED, LABEL_SEED = 11, 33, 44  # which draws these are
 DRAWN = ("train", "judge", "pool")  # sft's, each in a file NAME.jsonl
@@ -52,18 +49,13 @@ def make_sft(runs: Path, name: str, spec: dict) -> dict:
     for what, own in drawn.items():
         stages.write_rows(folder / f"{what}.jsonl", own)
     log_odds = {what: measures.odds(own) for what, own in drawn.items()}
-    write_arrays(folder / "odds.npz", log_odds)
+    np.savez(folder / "odds.npz", **log_odds)
     for reward in reviews.UNPRODUCIBLE:
         rewards = reviews.reward(reward, log_odds["train"])
         pairs = bradley_terry(drawn["train"], rewards, LABEL_SEED + seed)
         stages.write_rows(folder / f"pairs-{reward}.jsonl", pairs)
     stages.write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
     return {}
-
-
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
 
 
 def sft_argv(folder: Path, spec: dict) -> list:
@@ -109,7 +101,7 @@ def make_rm(runs: Path, name: str, spec: dict) -> dict:
     log_odds = dict(np.load(sft / "odds.npz"))
     oracle = {what: reviews.reward(spec["reward"], x) for what, x in log_odds.items()}
     held = {"oracle": oracle["judge"], "rm": rm["judge"]}
-    write_arrays(folder / "judge.npz", held)
+    np.savez(folder / "judge.npz", **held)
     values = measures.worth(oracle["pool"], rm["pool"], log_odds["pool"], held)
     optima = [
         {"target": kl, **measures.optimum_at(values["oracle"], kl, values)}

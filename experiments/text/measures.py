@@ -1,16 +1,12 @@
 """
-What is measured of policies, apart from how they are trained: draws on held-out prompts, their
-exact per-token KL, rewards by the oracle and the reward model, wins against sft's draws, which kind
-of review they are; and the same of the optimum.
+What is measured of policies, apart from how they are trained: draws on held-out prompts, rewards by
+the oracle and the reward model, wins against sft's draws, which kind of review they are, and KL(pi
+|| sft): along y ~ pi, the sum over tokens of the exact KL between the two next-token distributions,
+whose mean is that of log pi(y) - log sft(y), and whose spread is much smaller.
 
-    optimum      pi* = sft exp(r / beta) / Z by self-normalised importance sampling, prompt by
-                 prompt, from a pool of N completions of sft's, drawn once: w = softmax(r / beta),
-                 E[v] = sum w v, KL = E[r] / beta - log mean exp(r / beta). Its effective sample
-                 size, 1 / mean of sum w^2, says how far to trust it. It uses the prompts that
-                 policies are judged on, so that no difference between prompts enters.
-
-KL(pi || sft) of a policy: along y ~ pi, the sum over tokens of the exact KL between the two
-next-token distributions. Its mean is that of log pi(y) - log sft(y), its spread much smaller.
+The same of the optimum, pi* = sft exp(r / beta) / Z, on the same prompts, by self-normalised
+importance sampling from N of sft's completions of each: w = softmax(r / beta), E[v] = sum w v, KL =
+E[r] / beta - log mean exp(r / beta). How far to trust it says `ess`, 1 / mean of sum w^2.
 """
 
 import math
@@ -35,8 +31,6 @@ JUDGE_SEED = 22  # of the draws that are judged
 
 
 class Draws(NamedTuple):
-    """n completions of each of P prompts."""
-
     rows: list[dict]  # (P,) {"prompt", "completions", "ended"}: texts, and whether each ended
     prompts: list[list[int]]  # (P,) the same as token ids, none empty
     completions: list[list[list[int]]]  # (P, n) the last token is end-of-text where it ended

@@ -1,12 +1,10 @@
 """
-The work: an sft for each seed, reward models on its labels, and curves, whose search asks for one
-policy after the other.
+The work: an sft for each seed, reward models, and curves, whose search asks for policies.
 
 What is made is a piece: it has a folder in OUT/runs, and is finished when its result.json is there,
 so a stopped run goes on where it was. The folder keeps a hash of all settings that lead to it;
-where they have changed, the piece is made anew. A curve keeps nothing itself: its search is walked
-again, and policies that are there answer at once. Workers take the next piece, or curve, from one
-queue; their number changes speed alone.
+where they have changed, the piece is made anew. A curve keeps nothing: its search is walked again,
+and policies that are there answer at once. The number of workers changes speed alone.
 """
 
 import hashlib
@@ -47,17 +45,13 @@ class Piece:
 # What there is to do
 
 
-def seeds(matrix: Matrix) -> range:
-    return range(matrix.first_seed, matrix.first_seed + matrix.seeds)
-
-
 def curves(matrix: Matrix) -> list[tuple[Curve, int]]:
     """Every (curve, seed), with all that some question wants of it; the longest first, so that no
     worker is left alone with one."""
     merged: dict[tuple[Curve, int], Curve] = {}
     for curve in (c for name in matrix.questions for c in constants.QUESTIONS[name][0]):
         bare = replace(curve, targets=(), betas=(), seeds=0)
-        for seed in seeds(matrix)[: curve.seeds]:
+        for seed in matrix.every_seed()[: curve.seeds]:
             whole = merged.get((bare, seed), bare)
             targets = tuple(sorted({*whole.targets, *curve.targets}))
             betas = tuple(sorted({*whole.betas, *curve.betas}, reverse=True))
@@ -148,7 +142,7 @@ def make_all(out: Path, matrix: Matrix, jobs: int) -> None:
     """Make what is missing, in `jobs` processes: every sft, every reward model, every curve."""
     work = curves(matrix)
     models = {piece.name: piece for piece in (rm(matrix, *pair) for pair in work)}
-    for pieces in ([sft(matrix, seed) for seed in seeds(matrix)], list(models.values())):
+    for pieces in ([sft(matrix, seed) for seed in matrix.every_seed()], list(models.values())):
         todo = [(out, piece) for piece in pieces if load(out, piece) is None]
         in_parallel(make, todo, jobs)
     todo = [(out, matrix, *pair, f"{i + 1} of {len(work)}") for i, pair in enumerate(work)]

@@ -1,17 +1,14 @@
 """
 From the pieces to results.json:
 
-    fits       every policy that was trained, as it was judged; `grid`: of a fixed grid of betas
-    cells      the policy that stands for a method, seed and target: within TOLERANCE of its KL
+    fits       every policy that was trained, as it was judged; `grid`: at a beta of PULLS
+    cells      the policy that stands for a method, seed and target
     missed     the seeds and targets where none arrived, and the nearest KL there was
     start      sft, judged as the policies are, and how often the reward model orders as the oracle
     optimum    pi* of the oracle's reward at each target
     compared   the comparisons of constants.QUESTIONS: mean of the paired differences over seeds,
-               half of their 95 % interval (Student's t), p, and p by Holm's correction within its
-               question; `kl_gap`, how far the two sides lie apart in KL, as a share of the target
-    turns      of each grid: the policy with the highest oracle reward, and the one farthest out
-
-Nothing is interpolated: every number is of policies that exist.
+               half of their 95 % interval, p, and p by Holm's correction within its question;
+               `kl_gap`, how far the two sides lie apart in KL, as a share of the target
 """
 
 import math
@@ -36,7 +33,6 @@ def report(out: Path, matrix: Matrix) -> dict:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     done = {"settings": settings, "versions": versions, **collect(out, matrix)}
     done["compared"] = compared(done["cells"], matrix)
-    done["turns"] = turns(done["fits"])
     write_json(out / "results.json", done)
     return done
 
@@ -127,24 +123,4 @@ def compared(cells: list[dict], matrix: Matrix) -> list[dict]:
                 rows.append(row | interval(differences))
         adjusted = holm([row["p"] for row in rows])
         out += [row | {"holm": p} for row, p in zip(rows, adjusted, strict=True)]
-    return out
-
-
-# --------------------------------------------------------------------------------------------------
-# Over-optimisation
-
-
-def turns(fits: list[dict]) -> list[dict]:
-    """`turned`: the policy farthest out has less oracle reward than the best, though the reward
-    model prefers it."""
-    grids: dict[tuple, list[dict]] = {}
-    for row in only(fits, grid=True):
-        grids.setdefault((row["method"], row["labels"], row["seed"]), []).append(row)
-    out = []
-    for (method, labels, seed), rows in grids.items():
-        top, end = (max(rows, key=lambda row: row[name]) for name in ("oracle", "kl"))
-        shown = ("beta", "kl", "oracle", "rm", "well_formed")
-        row = {"method": method, "labels": labels, "seed": seed}
-        row |= {f"{name}_{at}": x[name] for at, x in (("top", top), ("end", end)) for name in shown}
-        out.append(row | {"turned": end["oracle"] < top["oracle"] and end["rm"] > top["rm"]})
     return out

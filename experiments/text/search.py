@@ -1,10 +1,9 @@
 """
 The beta at which a method's judged KL(pi || sft) is where it shall be.
 
-log KL falls along log beta, not quite in a line and, because every policy is trained anew, not
-quite steadily. So the search is a secant between the two policies nearest to the target, one on
-either side (kept within their bracket), and a step of the usual slope where there is one side only.
-Every policy of the curve that has been fitted counts, also one that was fitted for another target.
+log KL falls along log beta, not quite in a line and not quite steadily. So the search is a secant
+between the two policies nearest to the target on either side, kept within them, and a step of the
+usual slope where there is one side only. Policies that were fitted for another target count, too.
 """
 
 import math
