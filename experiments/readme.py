@@ -207,25 +207,28 @@ def told(column: str, found: list[float]) -> str:
     """A mean over seeds, and the median where it is elsewhere, because one run carries the mean."""
     digits = ".0%" if column in SHARES else ".2f"
     mean, median = np.mean(found), np.median(found)
-    far = abs(mean - median) > (0.03 if column in SHARES else 0.15)
-    text = f"{mean:{digits}}" + f", median {median:{digits}}" * far
+    text = f"{mean:{digits}}"
+    if abs(mean - median) > (0.03 if column in SHARES else 0.15):
+        text += f", median {median:{digits}}"
     return text.replace("%", " %")
 
 
-def text_cells(reward: str, line: str, cells: dict[str, str], target: str = "{target:g}", **which):
-    """Policies at equal KL, π* below them. `cells` is {head: text} as in pivot, with means for
-    numbers; in brackets how many seeds arrived, if not all did."""
-    rows = only(TEXT["cells"], reward=reward, labels=0, **which)
-    best = only(TEXT["optimum"], reward=reward, labels=0)
-    best = [{**row, "method": "π*", "K": 0} for row in best]
-    best = [row for row in best if row["target"] in distinct(rows, "target")]
-    seeds, lines = TEXT["settings"]["matrix"]["seeds"], {}
+def text_cells(reward: str, cells: dict[str, str], names=None, **which) -> str:
+    """A line for each method, π* below them, of policies at equal KL: {head: text} as in pivot,
+    with means for numbers; in brackets how many seeds arrived, if not all did."""
+    where, seeds = {"reward": reward, "labels": 0}, TEXT["settings"]["matrix"]["seeds"]
+    rows = only(TEXT["cells"], **where, **which)
+    best = [{**row, "method": "π*", "K": 0} for row in only(TEXT["optimum"], **where)]
+    rows += [row for row in best if row["target"] in distinct(rows, "target")]
+    rows.sort(key=lambda row: (row["target"], row["K"]))
+    names = names or (*TEXT["settings"]["methods"], "π*")
+    lines: dict[str, dict[str, str]] = {name: {} for name in names}
     for head, text in cells.items():
-        for (name, title), own in together([*rows, *best], line, head).items():
-            columns = re.findall(r"{(\w+)}", text)
-            means = {column: told(column, [row[column] for row in own]) for column in columns}
-            few = f" ({len(own)})" * (len(own) < seeds)
-            lines.setdefault(name, {})[title] = text.format(**means) + few
+        columns = re.findall(r"{(\w+)}", text)
+        for (name, title), own in together(rows, "{method}", head).items():
+            if name in lines:
+                means = {column: told(column, [row[column] for row in own]) for column in columns}
+                lines[name][title] = text.format(**means) + f" ({len(own)})" * (len(own) < seeds)
     return markdown(reward, lines)
 
 
@@ -246,7 +249,8 @@ def text_compared(question: str, data: dict) -> str:
         cell += f" ({row['seeds']})" * (row["seeds"] < data["settings"]["matrix"]["seeds"])
         sides = [f"{row[who]}, K = {row[K]}" for who, K in (("ours", "K"), ("theirs", "K_theirs"))]
         name = " − ".join(sides if question == "K" else (row["ours"], row["theirs"]))
-        line = lines.setdefault(name + f", {WON[row['quantity']]}" * share, {})
+        name += f", {WON[row['quantity']]}" if share else ""
+        line = lines.setdefault(name, {})
         line[f"KL {row['target']:g}"] = cell
         line["apart in KL"] = line.get("apart in KL", "") + f" {100 * row['kl_gap']:+.0f}"
     for line in lines.values():
@@ -307,6 +311,15 @@ def bugs() -> str:
     return "\n".join(rows)
 
 
+AT = "KL {target:g}"
+MODES = {
+    "praise": "{praise}",
+    "mixed": "{mixed}",
+    "pan": "{pan}",
+    "well formed": "{well_formed}",
+    "opposed pairs": "{opposed}",
+    "oracle reward": "{oracle}",
+}
 LIMITS = (("limit_share", "of the matmul limit", ".0%"), ("peak_gb", "GB", ".2f"))
 TABLES = {
     "exact": lambda: pivot("", TOY["rows"], METHOD, {TITLES[c]: f"{{{c}}}" for c in TITLES}),
@@ -321,33 +334,18 @@ TABLES = {
         "{method}",
         {"{completions:,} completions": "{regret} (K {first[K]})"},
     ),
-    "text methods": lambda: text_cells(
-        "sentiment", "{method}", {"KL {target:g}": "{oracle}; {well_formed}"}, K=8
-    ),
+    "text methods": lambda: text_cells("sentiment", {AT: "{oracle}; {well_formed}"}, K=8),
     "text methods compared": lambda: text_compared("methods", TEXT),
     "text methods again": lambda: text_compared("methods", AGAIN),
     "text draws compared": lambda: text_compared("draws", TEXT),
-    "text wins": lambda: text_cells(
-        "sentiment", "{method}", {"KL {target:g}": "{win_rm}; {win_oracle}"}, K=8
-    ),
+    "text wins": lambda: text_cells("sentiment", {AT: "{win_rm}; {win_oracle}"}, K=8),
     "text wins compared": lambda: text_compared("wins", TEXT),
     "text turns": text_turns,
     "text K": lambda: text_cells(
-        "sentiment", "{method}, K = {K}", {"KL {target:g}": "{oracle}; {well_formed}"}, target=1.0
+        "sentiment", {"K = {K}": "{oracle}; {well_formed}"}, ("exo-rw", "dpo-rw"), target=1.0
     ),
     "text K compared": lambda: text_compared("K", TEXT),
-    "text modes": lambda: text_cells(
-        "conviction",
-        "{method}",
-        {
-            "praise": "{praise}",
-            "mixed": "{mixed}",
-            "pan": "{pan}",
-            "well formed": "{well_formed}",
-            "opposed pairs": "{opposed}",
-            "oracle reward": "{oracle}",
-        },
-    ),
+    "text modes": lambda: text_cells("conviction", MODES),
     "text modes compared": lambda: text_compared("modes", TEXT),
     "bench": bench,
     "bugs": bugs,

@@ -37,13 +37,13 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "exo-pref": Method("exo", "pairs", 3e-4, (32.0, 8.0, 1.2, 0.5), (1.5,)),
-    "dpo-pref": Method("dpo", "pairs", 3e-4, (6.5, 3.2, 1.7, 0.9), (1.7,)),
-    "exo-rw": Method("exo", "model", 3e-4, (4.5, 2.8, 1.7, 0.6), (1.0,)),
-    "dpo-rw": Method("dpo", "model", 3e-4, (4.5, 2.8, 1.6, 0.6), (1.0,)),
-    "exo-online": Method("exo", "own", 1e-3, (4.5, 2.8, 1.5, 0.5), (1.5,)),
-    "dpo-online": Method("dpo", "own", 1e-3, (4.5, 2.8, 1.5, 0.4), (1.3,)),
-    "ppo": Method("ppo", "own", 3e-4, (4.2, 2.6, 1.4, 0.45), (1.2,)),
+    "exo-pref": Method("exo", "pairs", 3e-4, (3.0, 1.1, 0.5, 0.25), (1.5,)),
+    "dpo-pref": Method("dpo", "pairs", 3e-4, (3.5, 2.0, 1.0, 0.55), (1.7,)),
+    "exo-rw": Method("exo", "model", 3e-4, (4.3, 2.7, 1.4, 0.6), (1.0,)),
+    "dpo-rw": Method("dpo", "model", 3e-4, (4.2, 2.6, 1.3, 0.5), (1.0,)),
+    "exo-online": Method("exo", "own", 1e-3, (4.3, 2.7, 1.5, 0.6), (1.5,)),
+    "dpo-online": Method("dpo", "own", 1e-3, (4.0, 2.4, 1.15, 0.4), (1.3,)),
+    "ppo": Method("ppo", "own", 3e-4, (2.8, 1.6, 0.7, 0.3), (1.2,)),
 }
 RM_RATE = 1e-3  # the reward model's learning rate, which was not swept
 SMOOTHING = 1e-3  # exo-pref's; see the top

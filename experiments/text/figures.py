@@ -109,7 +109,7 @@ def modes(plt, done: dict, name: str):
     axis.set_yticks(range(len(bars)), bars)
     axis.invert_yaxis()
     axis.set_xlabel("share of texts, conviction at KL {target:g}".format(**where))
-    axis.legend(fontsize=9, loc="lower right", frameon=True)
+    axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return tidy(figure)
 
 
