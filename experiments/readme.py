@@ -336,7 +336,7 @@ TABLES = {
     ),
     "text methods": lambda: text_cells("sentiment", {AT: "{oracle}; {well_formed}"}, K=8),
     "text methods compared": lambda: text_compared("methods", TEXT),
-    "text methods again": lambda: text_compared("methods", AGAIN),
+    "text again": lambda: text_compared(AGAIN["settings"]["matrix"]["questions"][0], AGAIN),
     "text draws compared": lambda: text_compared("draws", TEXT),
     "text wins": lambda: text_cells("sentiment", {AT: "{win_rm}; {win_oracle}"}, K=8),
     "text wins compared": lambda: text_compared("wins", TEXT),
