@@ -4,7 +4,7 @@ down before the run, and results.json has every number of it.
 
 Choices and simplifications:
 - Nobody is compared at equal beta, but at equal measured KL(pi || sft): for each method, reward,
-  seed and target beta is searched (search.py) from one that was found on a seed of its own, 1000.
+  seed and target beta is searched (search.py).
 - One beta means one optimum: exo-rw, dpo-rw and online have beta_pi = 1 and beta_r = beta, dpo-pref
   beta_pi = beta, ppo kl_coef = beta. exo-pref's pull is set by beta_pi and by label smoothing, e,
   alike: where a pair's rewards differ by d, its labels ask for a log-ratio of (2 sigmoid(d) - 1)
@@ -32,18 +32,18 @@ class Method(NamedTuple):
     stage: str  # of train.py
     source: str  # what it learns from: pairs, sft's draws rated by the model, draws of its own
     rate: float  # learning rate
-    sentiment: tuple  # the beta to begin with at each of TARGETS, on seed 1000
-    conviction: tuple
+    sentiment: tuple  # the beta to begin with at each of TARGETS: about right on seed 1000
+    conviction: tuple  # the same, a guess
 
 
 METHODS = {
-    "exo-pref": Method("exo", "pairs", 3e-4, (3.0, 1.1, 0.5, 0.25), (1.5,)),
-    "dpo-pref": Method("dpo", "pairs", 3e-4, (3.5, 2.0, 1.0, 0.55), (1.7,)),
-    "exo-rw": Method("exo", "model", 3e-4, (4.3, 2.7, 1.4, 0.6), (1.0,)),
-    "dpo-rw": Method("dpo", "model", 3e-4, (4.2, 2.6, 1.3, 0.5), (1.0,)),
-    "exo-online": Method("exo", "own", 1e-3, (4.3, 2.7, 1.5, 0.6), (1.5,)),
-    "dpo-online": Method("dpo", "own", 1e-3, (4.0, 2.4, 1.15, 0.4), (1.3,)),
-    "ppo": Method("ppo", "own", 1e-3, (2.8, 1.6, 0.7, 0.3), (1.2,)),
+    "exo-pref": Method("exo", "pairs", 3e-4, (16.0, 1.4, 0.41, 0.17), (1.5,)),
+    "dpo-pref": Method("dpo", "pairs", 3e-4, (3.4, 1.9, 0.97, 0.53), (1.7,)),
+    "exo-rw": Method("exo", "model", 3e-4, (4.7, 3.05, 1.68, 0.51), (1.0,)),
+    "dpo-rw": Method("dpo", "model", 3e-4, (4.7, 3.0, 1.59, 0.53), (1.0,)),
+    "exo-online": Method("exo", "own", 1e-3, (4.95, 2.85, 1.45, 0.61), (1.5,)),
+    "dpo-online": Method("dpo", "own", 1e-3, (4.9, 3.0, 1.1, 0.38), (1.3,)),
+    "ppo": Method("ppo", "own", 1e-3, (4.3, 2.5, 1.22, 0.51), (1.3,)),
 }
 RM_RATE = 1e-3  # the reward model's learning rate, which was not swept
 SMOOTHING = 1e-3  # exo-pref's; see the top
