@@ -33,7 +33,7 @@ class Method(NamedTuple):
     source: str  # what it learns from: pairs, sft's draws rated by the model, draws of its own
     rate: float  # learning rate
     sentiment: tuple  # the beta to begin with at each of TARGETS: about right on seed 1000
-    conviction: tuple  # the same, a guess
+    conviction: tuple  # the same; but for ppo a guess
 
 
 METHODS = {
@@ -43,7 +43,7 @@ METHODS = {
     "dpo-rw": Method("dpo", "model", 3e-4, (4.7, 3.0, 1.59, 0.53), (1.0,)),
     "exo-online": Method("exo", "own", 1e-3, (4.95, 2.85, 1.45, 0.61), (1.5,)),
     "dpo-online": Method("dpo", "own", 1e-3, (4.9, 3.0, 1.1, 0.38), (1.3,)),
-    "ppo": Method("ppo", "own", 1e-3, (4.3, 2.5, 1.22, 0.51), (1.3,)),
+    "ppo": Method("ppo", "own", 1e-3, (4.3, 2.5, 1.22, 0.51), (1.05,)),
 }
 RM_RATE = 1e-3  # the reward model's learning rate, which was not swept
 SMOOTHING = 1e-3  # exo-pref's; see the top
