@@ -53,13 +53,15 @@ def write_json(path: Path, content: dict) -> None:
 # Workers
 
 
-def in_parallel(job: Callable, jobs: list[tuple]) -> list:
-    """[job(*args) for args in jobs], each in a process of its own with one torch thread: tensors as
-    small as the toy's gain nothing from two. A single job stays in this process."""
-    if len(jobs) == 1:
-        return [job(*jobs[0])]
+def in_parallel(job: Callable, jobs: list[tuple], workers: int | None = None) -> list:
+    """[job(*args) for args in jobs], in processes of one torch thread each: tensors as small as the
+    toy's gain nothing from two. A process for each job, or so many workers that take the next one.
+    A single process is this one."""
+    workers = min(workers or len(jobs), len(jobs))
+    if workers <= 1:
+        return [job(*args) for args in jobs]
     start = {"initializer": start_worker, "initargs": (os.getpid(),)}
-    with ProcessPoolExecutor(len(jobs), mp_context=get_context("spawn"), **start) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), **start) as pool:
         try:
             futures = [pool.submit(job, *args) for args in jobs]
             for future in as_completed(futures):

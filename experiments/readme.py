@@ -12,14 +12,17 @@ followed by a comment that names them, in order:
 
 FILE.LIST.COLUMN(where): mean ± standard error, over seeds, of a column of the rows that are so, or,
 with method=A|B, of A minus B, paired by seed. tests/test_readme.py fails while pages and files
-disagree, and where a sentence has a ± that no comment names.
+disagree, and where a sentence has a ± that no comment names. Of the text world ± is half of a
+95 % interval.
 """
 
 import json
 import re
 from pathlib import Path
 
-from experiments.common import mean_se, only
+import numpy as np
+
+from experiments.common import distinct, mean_se, only
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "QUESTIONS.md", "CONTRIBUTING.md", "experiments/README.md")
@@ -27,24 +30,27 @@ FILES = {
     "toy": "toy/results.json",
     "sweep": "toy/sweep.json",
     "text": "text/results.json",
+    "again": "text/again.json",  # one of its questions, with other seeds
     "bench": "bench/results.json",
 }
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t
 DATA = {name: json.loads((ROOT / "assets" / path).read_bytes()) for name, path in FILES.items()}
-TOY, SWEEP, TEXT, BENCH = DATA.values()
+TOY, SWEEP, TEXT, AGAIN, BENCH = DATA.values()
 
 # --------------------------------------------------------------------------------------------------
 # Numbers
 
-SHARES = ("on", "between", "producible", "praise", "win_oracle_sft", "win_rm_sft")  # in percent
+SHARES = ("on", "between", "well_formed", "win_oracle", "win_rm")  # in percent
+SHARES += ("praise", "pan", "mixed", "opposed", "rm_accuracy")
 
 
-def number(column: str, values: list[float], sign: str = "") -> str:
-    """Mean ± standard error; the mean alone of one value."""
+def number(column: str, values: list[float], sign: str = "", scale: float = 1.0) -> str:
+    """Mean ± standard error times scale; the mean alone of one value."""
     share = column in SHARES
     digits = 0 if share else 1 if column == "modes" else 2
     mean, error = (100 * x if share else x for x in mean_se(values))
-    text = f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")
+    text = f"{mean:{sign}.{digits}f}"
+    text += f" ± {scale * error:.{digits}f}" if len(values) > 1 else ""
     return text + " %" * share
 
 
@@ -78,10 +84,11 @@ def named(field: str) -> str:
     file, rows, column, inside = re.fullmatch(r"(\w+)\.(\w+)\.(\w+)\((.*)\)", field).groups()
     rows, where = DATA[file][rows], dict(pair.split("=") for pair in inside.split(","))
     sides = [{k: literal(v.split("|")[-i]) for k, v in where.items()} for i in (0, 1)]
-    if "|" not in inside:
-        return number(column, list(values(rows, column, **sides[0]).values()))
-    found = gap(rows, column, *sides)
-    return number(column, found, "+") + (f" ({len(found)} seeds)" if "target" in where else "")
+    apart = "|" in inside
+    found = gap(rows, column, *sides) if apart else [*values(rows, column, **sides[0]).values()]
+    scale = T95[len(found)] if file in ("text", "again") else 1.0
+    seeds = f" ({len(found)} seeds)" if apart and "target" in where else ""
+    return number(column, found, "+" if apart else "", scale) + seeds
 
 
 NUMBER = r"[-+]?\d+(?:\.\d+)? ± \d+(?:\.\d+)?(?: %)?(?: \(\d seeds\))?"
@@ -196,21 +203,81 @@ def capacity() -> str:
     return pivot("n_embd", rows, "{n_embd}", cells)
 
 
-def text_world(reward: str) -> str:
-    """Trained policies as they were judged: oracle reward at their KL, and share well formed."""
-    last = only(TEXT["rows"], last=True, n_pairs=None, reward=reward, n_embd=48)
-    cells = {"β {beta:g}": "{oracle} at KL {kl}; {producible}"}
-    return pivot(reward, last, "{method}", cells)
+def told(column: str, found: list[float]) -> str:
+    """A mean over seeds, and the median where it is elsewhere, because one run carries the mean."""
+    digits = ".0%" if column in SHARES else ".2f"
+    mean, median = np.mean(found), np.median(found)
+    text = f"{mean:{digits}}"
+    if abs(mean - median) > (0.03 if column in SHARES else 0.15):
+        text += f", median {median:{digits}}"
+    return text.replace("%", " %")
 
 
-def text_leads() -> str:
-    """EXO's lead over its DPO in oracle reward, paired over seeds: 95 % intervals."""
-    lines: dict[str, dict] = {}
-    for row in TEXT["matched"]:
-        if row["kl"] in (0.5, 1) and row.get("lead_seeds", 0) > 1:
-            cell = f"{row['lead']:+.2f} ± {T95[row['lead_seeds']] * row['lead_se']:.2f}"
-            lines.setdefault(row["method"], {})[f"{row['reward']}, KL {row['kl']:g}"] = cell
-    return markdown("lead over its DPO", lines)
+def text_cells(reward: str, cells: dict[str, str], names=None, **which) -> str:
+    """A line for each method, π* below them, of policies at equal KL: {head: text} as in pivot,
+    with means for numbers; in brackets how many seeds arrived, if not all did."""
+    where, seeds = {"reward": reward, "labels": 0}, TEXT["settings"]["matrix"]["seeds"]
+    rows = only(TEXT["cells"], **where, **which)
+    best = [{**row, "method": "π*", "K": 0} for row in only(TEXT["optimum"], **where)]
+    rows += [row for row in best if row["target"] in distinct(rows, "target")]
+    rows.sort(key=lambda row: (row["target"], row["K"]))
+    names = names or (*TEXT["settings"]["methods"], "π*")
+    lines: dict[str, dict[str, str]] = {name: {} for name in names}
+    for head, text in cells.items():
+        columns = re.findall(r"{(\w+)}", text)
+        for (name, title), own in together(rows, "{method}", head).items():
+            if name in lines:
+                means = {column: told(column, [row[column] for row in own]) for column in columns}
+                lines[name][title] = text.format(**means) + f" ({len(own)})" * (len(own) < seeds)
+    return markdown(reward, lines)
+
+
+WON = {"win_rm": "by the reward model", "win_oracle": "by the oracle", "opposed": "opposed pairs"}
+
+
+def text_compared(question: str, data: dict) -> str:
+    """Paired differences: mean ± half of the 95 % interval; bold where p by Holm is below 0.05; how
+    far apart in KL the two sides are, over their targets."""
+    lines: dict[str, dict[str, str]] = {}
+    for row in only(data["compared"], question=question):
+        share = row["quantity"] in SHARES
+        scale, digits = (100, 0) if share else (1, 2)
+        cell = (
+            f"{scale * row['mean']:+.{digits}f} ± {scale * row['half']:.{digits}f}" + " %" * share
+        )
+        cell = f"**{cell}**" if row["holm"] < 0.05 else cell
+        cell += f" ({row['seeds']})" * (row["seeds"] < data["settings"]["matrix"]["seeds"])
+        sides = [f"{row[who]}, K = {row[K]}" for who, K in (("ours", "K"), ("theirs", "K_theirs"))]
+        name = " − ".join(sides if question == "K" else (row["ours"], row["theirs"]))
+        name += f", {WON[row['quantity']]}" if share else ""
+        line = lines.setdefault(name, {})
+        line[f"KL {row['target']:g}"] = cell
+        line["apart in KL"] = line.get("apart in KL", "") + f" {100 * row['kl_gap']:+.0f}"
+    for line in lines.values():
+        line["apart in KL"] = ", ".join(line.pop("apart in KL").split()) + " %"
+    return markdown("", lines)
+
+
+def text_turns() -> str:
+    """Of each grid the policy with the highest oracle reward, and the one farthest out: medians
+    over seeds. A seed has turned if the oracle prefers the one and the reward model the other."""
+    lines, grids = {}, only(TEXT["fits"], grid=True)
+    for method, labels in distinct(grids, "method", "labels"):
+        own = only(grids, method=method, labels=labels)
+        ends = [
+            [max(only(own, seed=seed), key=lambda row: row[name]) for name in ("oracle", "kl")]
+            for seed in distinct(own, "seed")
+        ]
+        turned = sum(a["oracle"] > b["oracle"] and a["rm"] < b["rm"] for a, b in ends)
+        line = lines.setdefault(f"{method}, {labels or 'all'} labels", {})
+        for head, rows in zip(("best", "farthest"), zip(*ends, strict=True), strict=True):
+            middle = {k: np.median([row[k] for row in rows]) for k in ("oracle", "kl", "rm")}
+            line[f"{head}: oracle"] = "{oracle:.2f} at KL {kl:.2f}".format(**middle)
+            line[f"{head}: reward model"] = "{rm:.2f}".format(**middle)
+            formed = np.median([row["well_formed"] for row in rows])
+            line[f"{head}: well formed"] = f"{100 * formed:.0f} %"
+        line["turned"] = f"{turned} of {len(ends)}"
+    return markdown("", lines)
 
 
 def bench() -> str:
@@ -244,6 +311,15 @@ def bugs() -> str:
     return "\n".join(rows)
 
 
+AT = "KL {target:g}"
+MODES = {
+    "praise": "{praise}",
+    "mixed": "{mixed}",
+    "pan": "{pan}",
+    "well formed": "{well_formed}",
+    "opposed pairs": "{opposed}",
+    "oracle reward": "{oracle}",
+}
 LIMITS = (("limit_share", "of the matmul limit", ".0%"), ("peak_gb", "GB", ".2f"))
 TABLES = {
     "exact": lambda: pivot("", TOY["rows"], METHOD, {TITLES[c]: f"{{{c}}}" for c in TITLES}),
@@ -258,9 +334,19 @@ TABLES = {
         "{method}",
         {"{completions:,} completions": "{regret} (K {first[K]})"},
     ),
-    "text sentiment": lambda: text_world("sentiment"),
-    "text conviction": lambda: text_world("conviction"),
-    "text leads": text_leads,
+    "text methods": lambda: text_cells("sentiment", {AT: "{oracle}; {well_formed}"}, K=8),
+    "text methods compared": lambda: text_compared("methods", TEXT),
+    "text again": lambda: text_compared(AGAIN["settings"]["matrix"]["questions"][0], AGAIN),
+    "text draws compared": lambda: text_compared("draws", TEXT),
+    "text wins": lambda: text_cells("sentiment", {AT: "{win_rm}; {win_oracle}"}, K=8),
+    "text wins compared": lambda: text_compared("wins", TEXT),
+    "text turns": text_turns,
+    "text K": lambda: text_cells(
+        "sentiment", {"K = {K}": "{oracle}; {well_formed}"}, ("exo-rw", "dpo-rw"), target=1.0
+    ),
+    "text K compared": lambda: text_compared("K", TEXT),
+    "text modes": lambda: text_cells("conviction", MODES),
+    "text modes compared": lambda: text_compared("modes", TEXT),
     "bench": bench,
     "bugs": bugs,
 }

@@ -1,64 +1,141 @@
 """
-The text world's experiment in numbers.
+The plan of the text world: what is run, how large, and which comparisons are tested. It was written
+down before the run, and results.json has every number of it.
 
 Choices and simplifications:
+- Nobody is compared at equal beta, but at equal measured KL(pi || sft): for each method, reward,
+  seed and target beta is searched (search.py).
 - One beta means one optimum: exo-rw, dpo-rw and online have beta_pi = 1 and beta_r = beta, dpo-pref
   beta_pi = beta, ppo kl_coef = beta. exo-pref's pull is set by beta_pi and by label smoothing, e,
   alike: where a pair's rewards differ by d, its labels ask for a log-ratio of (2 sigmoid(d) - 1)
   log((1 - e) / e) / beta_pi. With the paper's e = 1e-3 and beta_pi = beta log((1 - e) / e) / 2 that
-  is Bradley-Terry's d / beta for close pairs, and at most 2 / beta for others. Nobody is compared
-  at equal beta, but at equal KL.
-- All read the same number of completions per step, and as many in all; ppo, which passes over its
-  own PPO_EPOCHS times, takes PPO_EPOCHS times the steps. A reward model's rewards spread less than
-  the oracle's, so that with it the same beta means less pull.
-- EXO and DPO have the same learning rate where they learn from the same: on a seed of its own, 1000
-  (data, sft, labels, judged prompts), at two betas, the one of 1e-5, 3e-5, 1e-4, ... with which the
-  two together had the highest share of what the optimum gains in oracle reward - beta KL, mean over
-  betas and rewards. assets/text/tuning.json has every score; the search itself is not kept. One
-  seed: differences of a few hundredths there are noise. A narrower model's rate is larger by as
-  much as it is narrower. QUICK takes the same.
-- Each seed has its own data, sft, labels and reward models. Standard errors are over seeds.
+  is Bradley-Terry's d / beta for close pairs, and at most 2 / beta for others.
+- All methods have as many completions rated, and read as many in a step, whatever K: with a smaller
+  K there are more groups. ppo passes PPO_EPOCHS times over its own, in PPO_EPOCHS times the steps.
+- EXO and DPO have the same learning rate where they learn from the same, and at every K: the one of
+  1e-4, 3e-4, ... with which the two together had the highest mean of oracle reward - beta KL on
+  sentiment at beta 0.8, on seed 1000 (assets/text/tuning.json has settings and scores).
+- Each seed has its own data, sft, labels and reward models. Differences are paired by seed, every
+  interval is 95 % by Student's t, Holm's correction is over the comparisons of one question.
 - All policies are judged on the first clauses of the same held-out reviews, with the same uniform
   numbers. Some of these clauses occur in other reviews too.
 """
 
+import itertools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 ENCODING = "experiments.text.reviews:encoding"
-ORACLE = "experiments.text.reviews:{}"  # of a reward
-METHODS = {  # name: (stage, what it learns from, learning rate at n_embd 48)
-    "exo-pref": ("exo", "pairs", 3e-4),
-    "dpo-pref": ("dpo", "pairs", 3e-4),
-    "exo-rw": ("exo", "model", 1e-4),
-    "dpo-rw": ("dpo", "model", 1e-4),
-    "exo-rw-oracle": ("exo", "oracle", 1e-4),
-    "dpo-rw-oracle": ("dpo", "oracle", 1e-4),
-    "exo-online": ("exo", "own", 1e-3),
-    "dpo-online": ("dpo", "own", 1e-3),
-    "ppo": ("ppo", "own", 3e-4),
+
+
+class Method(NamedTuple):
+    stage: str  # of train.py
+    source: str  # what it learns from: pairs, sft's draws rated by the model, draws of its own
+    rate: float  # learning rate
+    sentiment: tuple  # the beta to begin with at each of TARGETS: about right on seed 1000
+    conviction: tuple  # the same; but for ppo a guess
+
+
+METHODS = {
+    "exo-pref": Method("exo", "pairs", 3e-4, (16.0, 1.4, 0.41, 0.17), (1.5,)),
+    "dpo-pref": Method("dpo", "pairs", 3e-4, (3.4, 1.9, 0.97, 0.53), (1.7,)),
+    "exo-rw": Method("exo", "model", 3e-4, (4.7, 3.05, 1.68, 0.51), (1.0,)),
+    "dpo-rw": Method("dpo", "model", 3e-4, (4.7, 3.0, 1.59, 0.53), (1.0,)),
+    "exo-online": Method("exo", "own", 1e-3, (4.95, 2.85, 1.45, 0.61), (1.5,)),
+    "dpo-online": Method("dpo", "own", 1e-3, (4.9, 3.0, 1.1, 0.38), (1.3,)),
+    "ppo": Method("ppo", "own", 1e-3, (4.3, 2.5, 1.22, 0.51), (1.05,)),
 }
 RM_RATE = 1e-3  # the reward model's learning rate, which was not swept
-CALIBRATION = ("exo-rw-oracle", "dpo-rw-oracle")  # run at every width
-DENSITY = (*CALIBRATION, "exo-pref", "dpo-pref")  # whose densities are told: seed 0, middle beta
 SMOOTHING = 1e-3  # exo-pref's; see the top
 PPO_EPOCHS = 2
-BEST_OF = (1, 2, 4, 8, 16, 32, 64)
-OPTIMUM_BETAS = tuple(2 ** (k / 2) for k in range(8, -7, -1))  # 16 ... 0.125
-LEAST_ESS = 20  # the optimum's curve ends where fewer completions of the pool carry it
-MADE_WITH = (RM_RATE, SMOOTHING, PPO_EPOCHS, BEST_OF, OPTIMUM_BETAS)  # what no field of Matrix says
-SMALL_KL = 0.05  # where calibration is read, beside BUDGETS
-BUDGETS = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0)  # KLs at which methods are compared
+BORDER = 3.0  # nats: praise has log-odds above it (20 to 1 for a happy reviewer), a pan below minus
+MADE_WITH = (RM_RATE, SMOOTHING, PPO_EPOCHS, BORDER)  # what no field of Matrix says
+
+# --------------------------------------------------------------------------------------------------
+# Equal KL
+
+KLS = (0.25, 0.5, 1.0, 2.0)  # nats
+MIDDLE = (1.0,)  # for K
+TARGETS = {"sentiment": KLS, "conviction": (0.5,)}  # of each reward
+TOLERANCE = 0.1  # of a target: how far from it a policy may be that is compared there
+CLOSE = 0.05  # of a target: where the search for it stops
+FITS = 4  # at most, for a target
+BETAS = (1 / 64, 256.0)  # no beta beyond these
+PLAN = ("METHODS", "RM_RATE", "BORDER", "TARGETS", "TOLERANCE", "CLOSE")  # in results.json, too
+
+# --------------------------------------------------------------------------------------------------
+# Questions: what each needs to have run, and the comparisons that it will be answered by
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Policies of one method along KL: those the search finds, and those of a grid of betas."""
+
+    reward: str
+    method: str
+    K: int = 8  # completions compared at once
+    labels: int = 0  # pairs that the reward model has learned from; 0: all
+    targets: tuple = ()
+    betas: tuple = ()
+    seeds: int = 100  # the first of the run's, at most
+
+
+@dataclass(frozen=True)
+class Family:
+    """Comparisons that Holm's correction takes together: for each quantity, pair and target, the
+    pair's first (method, K) minus its second."""
+
+    reward: str
+    quantities: tuple = ()
+    pairs: tuple = ()
+    targets: tuple = ()
+
+    def comparisons(self) -> list[tuple]:
+        return [*itertools.product(self.quantities, self.pairs, self.targets)]
+
+
+def pairs(methods: str, K: int = 8) -> tuple:
+    """Of "a:b c:d" it makes (((a, K), (b, K)), ((c, K), (d, K)))."""
+    return tuple(tuple((side, K) for side in pair.split(":")) for pair in methods.split())
+
+
+LABELS = (128, 512, 0)  # of the reward models that are leaned on too hard
+LEANING = ("exo-rw", "dpo-rw", "exo-online")  # the methods that lean
+PULLS = (2.0, 0.7, 0.25, 0.08)  # betas, down to where a policy trusts its reward model most
+KS = (2, 4, 8, 16)
+
+EXO_DPO = pairs("exo-pref:dpo-pref exo-rw:dpo-rw exo-online:dpo-online")
+OWN = pairs("exo-online:exo-rw dpo-online:dpo-rw exo-online:ppo")
+BY_K = tuple(pair for K in KS for pair in pairs("exo-rw:dpo-rw", K))
+BY_K += tuple(((method, 16), (method, 2)) for method in ("exo-rw", "dpo-rw"))
+
+ALONG = tuple(Curve("sentiment", method, targets=KLS) for method in METHODS)
+EACH_K = tuple(Curve("sentiment", m, K, targets=MIDDLE) for m in ("exo-rw", "dpo-rw") for K in KS)
+MODAL = tuple(Curve("conviction", m, targets=TARGETS["conviction"]) for m in METHODS)
+GRID = tuple(
+    Curve("sentiment", method, labels=n, betas=PULLS, seeds=3) for method in LEANING for n in LABELS
+)
+QUESTIONS = {  # name: (curves, the comparisons it will be answered by)
+    "methods": (ALONG, Family("sentiment", ("oracle",), EXO_DPO, KLS)),
+    "draws": (ALONG, Family("sentiment", ("oracle",), OWN, KLS)),
+    "wins": (ALONG, Family("sentiment", ("win_rm", "win_oracle"), EXO_DPO[:2], KLS)),
+    "K": (EACH_K, Family("sentiment", ("oracle",), BY_K, MIDDLE)),
+    "modes": (MODAL, Family("conviction", ("opposed",), EXO_DPO, TARGETS["conviction"])),
+    "overoptimisation": (GRID, Family("sentiment")),  # nothing is tested
+}
+
+# --------------------------------------------------------------------------------------------------
+# How large
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """What is run, and how large; every number is in results.json."""
+    """What is run, and how large."""
 
-    # methods x betas x seeds, with these
-    betas: tuple = (("sentiment", (8.0, 2.0, 0.5)), ("conviction", (4.0, 1.0, 0.25)))
-    methods: tuple = tuple(METHODS)
-    seeds: int = 3
-    widths: tuple = (8, 16)  # beside n_embd, of CALIBRATION
+    questions: tuple = tuple(QUESTIONS)
+    first_seed: int = 0
+    seeds: int = 5
+    fits: int = FITS
     # how
     n_embd: int = 48
     n_layer: int = 2
@@ -66,28 +143,20 @@ class Matrix:
     block_size: int = 96
     new: int = 44  # longest completion drawn; the grammar's longest is 41
     sft_rows: int = 100_000
-    sft_iters: int = 6000
+    sft_iters: int = 4000
     sft_batch: int = 32
-    sft_rate: float = 2e-3  # at n_embd 48; a width's is 48 / width times as large
-    prompts: int = 1920  # training prompts
-    K: int = 8  # completions of each
-    groups: int = 8  # groups per step: 8 of 8 completions, or 32 pairs
-    steps: int = 240  # for ppo times its passes
-    rm_iters: int = 500  # and at most eight times through the pairs
+    sft_rate: float = 2e-3
+    prompts: int = 400  # training prompts, with 16 completions of sft's each
+    rated: int = 64  # completions in a step: rated / K groups, or half as many pairs
+    steps: int = 100  # for ppo times its passes
+    rm_iters: int = 400  # and at most eight times through the pairs
     judged: tuple = (64, 16)  # held-out prompts, and completions of each, that judge a policy
-    pool: int = 1024  # completions of each of them from sft, for the optimum and best-of-n
+    pool: int = 256  # completions of each of them from sft, for the optimum
+
+    def every_seed(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
 
 
 FULL = Matrix()
-QUICK = replace(
-    FULL,
-    seeds=1,
-    widths=(),
-    sft_rows=50_000,
-    sft_iters=2000,
-    prompts=512,
-    steps=64,
-    rm_iters=200,
-    judged=(32, 12),
-    pool=512,
-)
+QUICK = replace(FULL, questions=("modes",), seeds=1, fits=2)
+QUICK = replace(QUICK, sft_rows=30_000, sft_iters=2000, rm_iters=200, judged=(32, 16), pool=64)

@@ -1,22 +1,16 @@
 """
-The text world: oracle reward against KL(pi || sft) of every method, by the stages a user runs.
+The text world: every method of the paper by the stages a user runs, at equal KL(pi || sft).
 
-    python -m experiments.text.main --quick     one seed, one width, short runs: minutes
-    python -m experiments.text.main             all of constants.FULL: about an hour on two cores
+    python -m experiments.text.main --quick     one seed and question, a short sft: minutes
+    python -m experiments.text.main             all of constants.FULL: an hour on two cores
+    python -m experiments.text.main --first_seed 5 --questions methods --out out/text-again
 
-    reviews.py -> sft -> K = 8 completions a prompt -> oracle rewards and Bradley-Terry labels
-      -> reward model on the pairs -> a policy per method, beta and seed -> judged by the oracle
+    reviews.py -> sft -> K = 8 completions a prompt -> Bradley-Terry labels by the oracle -> reward
+      model on the pairs -> policies of each method and seed, beta searched until the judged KL is
+      where it shall be -> comparisons paired by seed
 
-A method is a line of METHODS in constants.py. What they learn from:
-
-    *-pref          pairs with hard labels, P(first wins) = sigmoid(r1 - r2)
-    *-rw            the same completions, all K of a prompt, rated by the reward model
-    ppo, *-online   completions of their own, rated by the reward model
-    best-of-n       no training: the best of n of sft's by the reward model
-    *-oracle        the same with the oracle in the reward model's place
-
-A stopped run goes on where it was. It leaves results.json, figures, and in runs/ every model and
-what it wrote.
+Methods, questions and sizes are in constants.py. A stopped run goes on where it was; a finished one
+writes its results and figures again: results.json, PNGs, and in runs/ every model and its texts.
 """
 
 import argparse
@@ -26,18 +20,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.text import constants, figures
-from experiments.text.pieces import make_all, plan
-from experiments.text.report import report, table
+from experiments.text.pieces import make_all
+from experiments.text.report import report
 from infra.rows import InputError
 
 
 def run(out: Path, matrix: constants.Matrix, jobs: int) -> dict:
     """The experiment into the folder `out` -> the content of results.json."""
-    pieces = plan(matrix)
-    make_all(out, pieces, jobs)
-    done = report(out, matrix, pieces)
-    print(table(done, matrix))
-    figures.draw_all(done, matrix, out)
+    make_all(out, matrix, jobs)
+    done = report(out, matrix)
+    figures.draw_all(done, out)
     print(f"\nWritten to {out}")
     return done
 
@@ -57,11 +49,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="constants.QUICK instead of FULL")
     parser.add_argument("--out", type=Path, help="folder (out/text; --quick: out/text-quick)")
-    parser.add_argument("--seeds", type=at_least_1, help="number of seeds (3; --quick: 1)")
+    parser.add_argument("--first_seed", type=at_least_1, help="seeds from here on (0)")
+    parser.add_argument("--seeds", type=at_least_1, help="number of seeds (5; --quick: 1)")
+    parser.add_argument("--questions", nargs="+", choices=constants.QUESTIONS, help="only these")
     parser.add_argument("--jobs", type=at_least_1, default=os.cpu_count() or 1, help="processes")
     args = parser.parse_args(argv)
     matrix = constants.QUICK if args.quick else constants.FULL
-    matrix = replace(matrix, seeds=args.seeds or matrix.seeds)
+    given = {name: getattr(args, name) for name in ("first_seed", "seeds", "questions")}
+    matrix = replace(matrix, **{name: value for name, value in given.items() if value})
     try:
         run(args.out or Path("out/text" + "-quick" * args.quick), matrix, args.jobs)
     except KeyboardInterrupt:

@@ -1,15 +1,12 @@
 """
 How each piece is made: files for a stage of train.py, the stage, the judgement.
 
-    sft      data -> train.py sft -> completions of the training prompts and of the held-out ones
-    labels   the oracle's rewards of all completions, Bradley-Terry labels for pairs of them, and
-             train.py reward on the pairs -> its rewards of all completions. The optimum's frontier
-             and best-of-n, from a large pool of sft's completions; sft judged as the policies are
-    policy   train.py exo, dpo or ppo -> draws on the held-out prompts, by oracle and model
+    sft     data -> train.py sft -> completions, their log-odds, pairs labelled by the oracle
+    rm      train.py reward on the first pairs -> its rewards of completions; sft as judged; pi*
+    fit     train.py exo, dpo or ppo at one beta -> draws on the held-out prompts, judged
 
 A maker takes (the folder of all run folders, the piece's name, its settings), works in the run
-folder of that name, and returns rows for the lists of results.json. Text drawn from sft lies in its
-folder, in the files DRAWN; a reward model lies among the labels that it learned from.
+folder of that name, and returns what its result.json will hold.
 """
 
 import math
@@ -19,69 +16,57 @@ from pathlib import Path
 import numpy as np
 
 from experiments.text import constants, measures, reviews, stages
-from infra.rows import replacing
 
 SFT_SEED, POOL_SEED, LABEL_SEED = 11, 33, 44  # which draws these are
-DRAWN = ("train", "judge", "pool")
+DRAWN = ("train", "judge", "pool")  # sft's, each in a file NAME.jsonl
+EACH = max(constants.KS)  # completions of a training prompt
 HELD_OUT = 500  # rows beside the training rows
 
 # --------------------------------------------------------------------------------------------------
-# sft and what it writes
+# sft, what it writes, and labels for it
 
 
 def make_sft(runs: Path, name: str, spec: dict) -> dict:
-    """Seeds read different reviews, and widths the same."""
-    folder, seed, (n_judged, n) = runs / name, spec["seed"], spec["judged"]
+    """Every seed reads other reviews."""
+    folder, seed = runs / name, spec["seed"]
     rows = reviews.rows(spec["sft_rows"] + HELD_OUT, seed)
     train, held = rows[:-HELD_OUT], rows[-HELD_OUT:]
     stages.write_rows(folder / "sft.jsonl", train)
     stages.write_rows(folder / "held_out.jsonl", held)
     stages.run(folder, sft_argv(folder, spec))
-    some = random.Random(seed).sample(train, spec["prompts"])
+    prompts = [row["prompt"] for row in random.Random(seed).sample(train, spec["prompts"])]
+    judged = [row["prompt"] for row in held[: spec["judged"][0]]]
     draws = {
-        "train": (some, spec["K"], SFT_SEED),
-        "judge": (held[:n_judged], n, measures.JUDGE_SEED + 1),  # not the policies' numbers
-        "pool": (held[:n_judged], spec["pool"], POOL_SEED),
+        "train": (prompts, EACH, SFT_SEED),
+        "judge": (judged, spec["judged"][1], measures.JUDGE_SEED + 1),  # not the policies' numbers
+        "pool": (judged, spec["pool"], POOL_SEED),
     }
     gpt = stages.policy(folder)
-    for what, (own, n, which) in draws.items():
-        prompts = [row["prompt"] for row in own]
-        drawn = measures.draw(gpt, prompts, n, spec["new"], 1000 * seed + which)
-        stages.write_rows(folder / f"{what}.jsonl", drawn.rows)
+    drawn = {
+        what: measures.draw(gpt, own, n, spec["new"], 1000 * seed + which).rows
+        for what, (own, n, which) in draws.items()
+    }
+    for what, own in drawn.items():
+        stages.write_rows(folder / f"{what}.jsonl", own)
+    log_odds = {what: measures.odds(own) for what, own in drawn.items()}
+    np.savez(folder / "odds.npz", **log_odds)
+    for reward in reviews.UNPRODUCIBLE:
+        rewards = reviews.reward(reward, log_odds["train"])
+        pairs = bradley_terry(drawn["train"], rewards, LABEL_SEED + seed)
+        stages.write_rows(folder / f"pairs-{reward}.jsonl", pairs)
+    stages.write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
     return {}
 
 
 def sft_argv(folder: Path, spec: dict) -> list:
-    iters, width = spec["sft_iters"], spec["n_embd"]
+    iters = spec["sft_iters"]
     argv = ["sft", "--data", folder / "sft.jsonl", "--eval_data", folder / "held_out.jsonl"]
-    argv += ["--init_std", width**-0.5, "--seed", spec["seed"]]
+    argv += ["--init_std", spec["n_embd"] ** -0.5]
     for size in ("n_layer", "n_head", "n_embd", "block_size"):
         argv += [f"--{size}", spec[size]]
-    argv += ["--batch_size", spec["sft_batch"], "--learning_rate", spec["sft_rate"] * 48 / width]
-    return [*argv, "--max_iters", iters, "--eval_interval", max(1, iters // 4)]
-
-
-# --------------------------------------------------------------------------------------------------
-# Labels, a reward model, and the limits that policies are compared with
-
-
-def make_labels(runs: Path, name: str, spec: dict) -> dict:
-    folder, reward = runs / name, stages.judge(constants.ORACLE.format(spec["reward"]))
-    drawn = {what: stages.read_rows(runs / spec["sft"] / f"{what}.jsonl") for what in DRAWN}
-    rated = {what: measures.rate(reward, rows) for what, rows in drawn.items()}
-    train, judge = (
-        bradley_terry(drawn[what], rated[what], LABEL_SEED + spec["seed"]) for what in DRAWN[:2]
-    )
-    stages.write_rows(folder / "train-pairs.jsonl", train)
-    stages.write_rows(folder / "judge-pairs.jsonl", judge)
-    stages.write_rows(folder / "prompts.jsonl", [{"prompt": x["prompt"]} for x in drawn["train"]])
-    keep_rates(folder / "oracle", reward, drawn, rated, judge)
-    if spec["rm"]:
-        stages.run(folder, reward_argv(runs, folder, len(train), spec))
-        reward = stages.judge(folder)
-        rated = {what: measures.rate(reward, rows) for what, rows in drawn.items()}
-        keep_rates(folder / "rm", reward, drawn, rated, judge)
-    return limits(runs, folder, spec)
+    argv += ["--batch_size", spec["sft_batch"], "--learning_rate", spec["sft_rate"]]
+    argv += ["--max_iters", iters, "--eval_interval", max(1, iters // 4)]
+    return [*argv, "--seed", spec["seed"]]
 
 
 def bradley_terry(rows: list[dict], rewards: np.ndarray, seed: int) -> list[dict]:
@@ -98,84 +83,84 @@ def bradley_terry(rows: list[dict], rewards: np.ndarray, seed: int) -> list[dict
     return pairs
 
 
-def keep_rates(path: Path, reward, drawn: dict, rated: dict, pairs: list[dict]) -> None:
-    """A judge's rewards of what sft drew: as rows to learn from, and as arrays to compare with,
-    beside those of the chosen texts of held-out pairs."""
-    chosen = reward([pair["prompt"] for pair in pairs], [pair["chosen"] for pair in pairs])
-    with replacing(path.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **rated, chosen=chosen.numpy())
-    rows = [
-        {"prompt": row["prompt"], "completions": row["completions"], "rewards": r.tolist()}
-        for row, r in zip(drawn["train"], rated["train"], strict=True)
+# --------------------------------------------------------------------------------------------------
+# A reward model, and what policies are compared with
+
+
+def make_rm(runs: Path, name: str, spec: dict) -> dict:
+    folder, sft = runs / name, runs / spec["sft"]
+    pairs = stages.read_rows(sft / f"pairs-{spec['reward']}.jsonl")
+    pairs = pairs[: spec["labels"] or len(pairs)]
+    stages.write_rows(folder / "pairs.jsonl", pairs)
+    stages.run(folder, reward_argv(folder, sft, len(pairs), spec))
+    reward = stages.judge(folder)
+    drawn = {what: stages.read_rows(sft / f"{what}.jsonl") for what in DRAWN}
+    rm = {what: measures.rate(reward, rows) for what, rows in drawn.items()}
+    for K in constants.KS:
+        stages.write_rows(folder / f"K{K}.jsonl", groups(drawn["train"], rm["train"], K))
+    log_odds = dict(np.load(sft / "odds.npz"))
+    oracle = {what: reviews.reward(spec["reward"], x) for what, x in log_odds.items()}
+    held = {"oracle": oracle["judge"], "rm": rm["judge"]}
+    np.savez(folder / "judge.npz", **held)
+    values = measures.worth(oracle["pool"], rm["pool"], log_odds["pool"], held)
+    optima = [
+        {"target": kl, **measures.optimum_at(values["oracle"], kl, values)}
+        for kl in constants.TARGETS[spec["reward"]]
     ]
-    stages.write_rows(path.with_suffix(".jsonl"), rows)
+    a, b = (np.sign(x["judge"][:, ::2] - x["judge"][:, 1::2]) for x in (rm, oracle))
+    start = measures.judge(runs, spec, stages.policy(sft), folder / "drawn.jsonl")
+    return {"start": start | {"rm_accuracy": float((0.5 + a * b / 2).mean())}, "optimum": optima}
 
 
-def reward_argv(runs: Path, folder: Path, n_pairs: int, spec: dict) -> list:
-    size = 4 * spec["groups"]
+def reward_argv(folder: Path, sft: Path, n_pairs: int, spec: dict) -> list:
+    size = spec["rated"] // 2
     iters = max(1, min(spec["rm_iters"], 8 * n_pairs // size))
-    argv = ["reward", "--data", folder / "train-pairs.jsonl", "--init", runs / spec["sft"]]
-    argv += ["--eval_data", folder / "judge-pairs.jsonl", "--eval_interval", iters]
+    argv = ["reward", "--data", folder / "pairs.jsonl", "--init", sft, "--eval_interval", iters]
     argv += ["--batch_size", size, "--learning_rate", constants.RM_RATE]
     return [*argv, "--max_iters", iters, "--seed", spec["seed"]]
 
 
-def limits(runs: Path, folder: Path, spec: dict) -> dict:
-    """The optimum's frontier, best-of-n by each judge, and sft itself."""
-    judges, sft = measures.Judges(runs, spec), stages.policy(runs / spec["sft"])
-    pools = {judge: held["pool"] for judge, held in judges.held.items()}
-    values = {k: v for k, v in judges.values(pools).items() if not np.isnan(v).any()}
-    best = [
-        {"method": method, "n": n, **measures.best_of_n(pools[judge], n, values)}
-        for judge, method in (("rm", "best-of-n"), ("oracle", "best-of-n-oracle"))
-        for n in constants.BEST_OF
-        if judge in pools and n <= spec["pool"]
+def groups(rows: list[dict], rewards: np.ndarray, K: int) -> list[dict]:
+    """Every prompt's rated completions, cut into groups of K: the same texts for every K."""
+    return [
+        {"prompt": row["prompt"], "completions": texts[i : i + K], "rewards": r[i : i + K].tolist()}
+        for row, r in zip(rows, rewards, strict=True)
+        for texts in (row["completions"],)
+        for i in range(0, len(texts), K)
     ]
-    optimum = [
-        {"beta": beta, **measures.optimum(pools["oracle"], beta, values)}
-        for beta in constants.OPTIMUM_BETAS
-    ]
-    start = judges.judge(sft, sft, folder / "drawn.jsonl")
-    return {"start": [start], "optimum": optimum, "best_of_n": best}
 
 
 # --------------------------------------------------------------------------------------------------
 # Policies
 
 
-def make_policy(runs: Path, name: str, spec: dict) -> dict:
-    sft, folder = stages.policy(runs / spec["sft"]), runs / name
+def make_fit(runs: Path, name: str, spec: dict) -> dict:
+    folder = runs / name
     stages.run(folder, policy_argv(runs, spec))
-    gpt = stages.policy(folder)
-    row = measures.Judges(runs, spec).judge(gpt, sft, folder / "drawn.jsonl")
-    row |= {"n_pairs": None, "last": True}  # older rows: of fewer pairs, or on the way
-    if not spec["density"]:
-        return {"rows": [row]}
-    return {"rows": [row], "density": [{"kl": row["kl"], **measures.density(runs, spec, gpt, sft)}]}
+    return measures.judge(runs, spec, stages.policy(folder), folder / "drawn.jsonl")
 
 
 def policy_argv(runs: Path, spec: dict) -> list:
     """The command line of a method at one beta."""
-    loss, source, _ = constants.METHODS[spec["method"]]
-    labels, beta = runs / spec["labels"], spec["beta"]
+    loss, source, rate = spec["stage"], spec["source"], spec["rate"]
+    sft, rm, beta = runs / spec["sft"], runs / spec["rm"], spec["beta"]
     steps = spec["steps"] * (constants.PPO_EPOCHS if loss == "ppo" else 1)
-    argv = [loss, "--init", runs / spec["sft"], "--max_iters", steps, "--eval_interval", steps]
-    argv += ["--learning_rate", spec["rate"], "--kl_samples", 0, "--seed", spec["seed"]]
+    argv = [loss, "--init", sft, "--max_iters", steps, "--eval_interval", steps]
+    argv += ["--learning_rate", rate, "--kl_samples", 0, "--seed", spec["seed"]]
     if source == "pairs":
         if loss == "exo":
             beta *= math.log((1 - constants.SMOOTHING) / constants.SMOOTHING) / 2
             argv += ["--label_smoothing", constants.SMOOTHING]
-        argv += ["--data", labels / "train-pairs.jsonl", "--beta_pi", beta]
-        return [*argv, "--batch_size", spec["groups"] * spec["K"] // 2]  # as many completions
-    argv += ["--batch_size", spec["groups"]]
-    if source in ("model", "oracle"):
-        data = labels / {"model": "rm.jsonl", "oracle": "oracle.jsonl"}[source]
-        return [*argv, "--data", data, "--beta_pi", 1.0, "--beta_r", beta]
-    argv += ["--data", labels / "prompts.jsonl", "--reward", labels]
+        argv += ["--data", sft / f"pairs-{spec['reward']}.jsonl", "--beta_pi", beta]
+        return [*argv, "--batch_size", spec["rated"] // 2]
+    argv += ["--batch_size", spec["rated"] // spec["K"]]
+    if source == "model":
+        return [*argv, "--data", rm / f"K{spec['K']}.jsonl", "--beta_pi", 1.0, "--beta_r", beta]
+    argv += ["--data", sft / "prompts.jsonl", "--reward", rm]
     argv += ["--K", spec["K"], "--max_new_tokens", spec["new"]]
     if loss == "ppo":
         return [*argv, "--kl_coef", beta, "--ppo_epochs", constants.PPO_EPOCHS]
     return [*argv, "--online", "--beta_pi", 1.0, "--beta_r", beta]
 
 
-MAKERS = {"sft": make_sft, "labels": make_labels, "policy": make_policy}
+MAKERS = {"sft": make_sft, "rm": make_rm, "fit": make_fit}

@@ -23,15 +23,13 @@ does not tell.
 The prompt says little (at most ±0.5), so from every prompt a rave and a pan are both in reach.
 
 Text that the grammar cannot produce (a wrong agreement, a cut end, a word too many) gets
-UNPRODUCIBLE, a constant below the worst reward that the grammar can earn. A small floor under every
-word would look softer, but broken text would keep the evidence of its other words, and a policy
-would soon drop the grammar for more of them. Here no broken text can outscore a sound one.
+UNPRODUCIBLE, a constant below the worst reward that the grammar can earn: if broken text kept the
+evidence of its other words, a policy would soon drop the grammar for more of them.
 
 Simplifications: a reviewer remembers only the state, and so may call burnt fries superb; the order
 of the clauses is fixed, and no review is longer than 40 words, or 48 tokens. "but" means no more
-than "and", nothing is negated, and all pronouns follow from "was" or "were": where polarity is a
-parity (of "but", "not", the adjective) or a gender is learned word by word, some small models stay
-on a plateau for thousands of steps, and the world would measure who left it.
+than "and", nothing is negated, and all pronouns follow from "was" or "were": a parity is what some
+small models take thousands of steps to learn, and the world would measure who did.
 """
 
 import functools
@@ -41,6 +39,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import tiktoken
 
 UNPRODUCIBLE = {"sentiment": -13.0, "conviction": -1.0}  # at least a nat below any real review
@@ -247,16 +246,10 @@ def log_odds(text: str) -> float | None:
     return math.log(happy / unhappy) if happy > 0 else None
 
 
-def sentiment(prompt: str, completion: str) -> float:
-    """The log-odds that a happy reviewer wrote prompt + completion: within ±12 nats, else -13."""
-    odds = log_odds(prompt + completion)
-    return UNPRODUCIBLE["sentiment"] if odds is None else odds
-
-
-def conviction(prompt: str, completion: str) -> float:
-    """How clear prompt + completion is either way: from 0, lukewarm, to 12 nats, else -1."""
-    odds = log_odds(prompt + completion)
-    return UNPRODUCIBLE["conviction"] if odds is None else abs(odds)
+def reward(name: str, log_odds: np.ndarray) -> np.ndarray:
+    """Of texts by their log-odds, NaN where nobody can write them."""
+    values = np.abs(log_odds) if name == "conviction" else log_odds
+    return np.where(np.isnan(log_odds), UNPRODUCIBLE[name], values)
 
 
 def rows(n: int, seed: int) -> list[dict[str, str]]:

@@ -20,9 +20,10 @@ def run(folder: Path, argv: list) -> None:
     """Run a stage of train.py into `folder`, or go on where it was stopped there. Raises InputError
     with the stage's own sentence where it fails."""
     argv = [*map(str, argv), "--encoding", ENCODING, "--out", str(folder), "--device", "cpu"]
+    argv.append("--resume")  # without a checkpoint it starts
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = train.main(argv + ["--resume"] * (folder / "ckpt.pt").exists())
+        status = train.main(argv)
     if status > 128:  # stopped by a signal
         raise KeyboardInterrupt
     if status:
