@@ -493,9 +493,11 @@ def preference_figures(logps: Tensor, batch: Batch, beta_pi: float) -> dict[str,
 # The loop
 
 
-def fit(s: Settings, stage) -> int:
-    """Train: the one loop of every stage. Returns the exit status."""
+def fit(s: Settings, stage, held: contextlib.ExitStack) -> int:
+    """Train: the one loop of every stage, in a run folder that is this process' own until `held`
+    closes. Returns the exit status."""
     steps, out = stage.steps, Path(s.out)
+    in_first(enter_run, out, s.resume or s.overwrite, held)
     peak = s.learning_rate or (5e-5 if s.init else 1e-3)
     optimizer = adamw(stage.policy.scorer, s, peak)
     state = resume(s, stage, optimizer) if s.resume else dict(NEW)
@@ -762,9 +764,7 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError("--fsdp needs several processes: torchrun --nproc_per_node=N train.py")
         with parallel.processes(s.device) as device, contextlib.ExitStack() as held:
             parallel.set_precision(s.dtype, device)
-            stage = make_stage(s, device)
-            in_first(enter_run, Path(s.out), s.resume or s.overwrite, held)
-            return fit(s, stage)
+            return fit(s, make_stage(s, device), held)  # a stage kept here would outlive the group
     except KeyboardInterrupt:  # the toy, before the first step, or a second Ctrl-C
         say("train.py: stopped before it could save", sys.stderr)
         return 130

@@ -34,8 +34,8 @@ def weights(seed: int, stage: str = "exo") -> dict:
 
 
 def state(step: int) -> dict:
-    counts = {"step": step, "evaluated": step, "best": 0.0, "sft": 0, "data": []}
-    return counts | {"optimizer": {}, "task": {}}
+    counts = {"step": step, "evaluated": step, "best": 0.0, "sft": 0}
+    return counts | {"optimizer": {}, "task": {}, "data": [0]}
 
 
 @pytest.fixture

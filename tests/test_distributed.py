@@ -173,10 +173,10 @@ def test_a_sharded_run_resumes_in_one_process(few, run_one, tmp_path):
     assert_same_run(run_one("exo", "float64"), out, 1e-10)
 
 
-def test_a_process_that_is_killed_ends_the_other_and_loses_nothing(files, run_one, tmp_path):
+def test_a_process_that_is_killed_ends_the_other_and_loses_nothing(few, run_one, tmp_path):
     """torchrun stops the others; the lock of the first is free, and one process goes on."""
     out = tmp_path / "killed"
-    first = start_torchrun([*argv("exo", files, out, "float64"), "--kl_samples", "400"])
+    first = start_torchrun([*argv("exo", few, out, "float64"), "--kl_samples", "400"])
     wait_for(lambda: (out / "ckpt.pt").exists() and len(records(out)) > 1)
     both = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
     (second,) = {*map(int, both)} - {int((out / "run.lock").read_text())}
@@ -184,7 +184,7 @@ def test_a_process_that_is_killed_ends_the_other_and_loses_nothing(files, run_on
     first.communicate(timeout=120)
     assert first.returncode != 0
     assert load_checkpoint(out)["step"] < STEPS
-    again = [*argv("exo", files, out, "float64"), "--kl_samples", "400", "--resume"]
+    again = [*argv("exo", few, out, "float64"), "--kl_samples", "400", "--resume"]
     assert train.main(again) == 0
     assert_same_run(run_one("exo", "float64", "--kl_samples", "400"), out, 1e-10)
 

@@ -179,6 +179,7 @@ ELSEWHERE = {  # commands that are too long for a test of a page, and who runs t
     "pip install -r requirements*": ".ci/run",
     "python -m pip install -r requirements-dev.txt": ".ci/run",
     "python -m pytest -q*": ".ci/run",
+    "python -m pytest -m slow*": "tests/test_load.py",
     "ruff *": ".ci/run",
     "python train.py": ".ci/run",
     "python train.py --sweep": "tests/test_toy.py",
