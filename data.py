@@ -317,10 +317,10 @@ def collate(groups: Groups, ids: np.ndarray, round_to: int = 1) -> Batch:
 
     ids = np.asarray(ids)
     segment, mask = groups.grid(ids)
-    prompt, end = groups.first[ids], groups.offsets[1:]
-    length = np.where(mask, np.diff(groups.offsets)[segment], 0)  # (B, K)
-    n_scored = np.where(mask, groups.lengths()[segment], 0)  # (B, K)
-    prefix_len = np.diff(groups.offsets)[prompt] - 1
+    prompt, end = groups.first[ids], groups.offsets[1:]  # views: a step costs what it reads
+    length = np.where(mask, end[segment] - groups.offsets[segment], 0)  # (B, K)
+    n_scored = np.where(mask, length + groups.ended[segment], 0)  # (B, K)
+    prefix_len = end[prompt] - groups.offsets[prompt] - 1
     P, T = rounded(int(prefix_len.max())), rounded(max(int(n_scored.max()), 1))
     completion = padded(groups, segment, length, T)  # (B, K, T)
     last = np.broadcast_to(groups.tokens[end[prompt] - 1][:, None, None], (*mask.shape, 1))

@@ -433,3 +433,23 @@ def test_reading_and_batching_hold_six_bytes_a_token(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak <= 6 * len(groups.tokens)
+
+
+def test_a_batch_costs_what_it_reads_however_many_groups_there_are():
+    """Guards sizes computed of all segments for each batch: a quarter more time a step for a
+    million pairs."""
+    n = 10**6
+    groups = data.Groups(
+        tokens=np.ones(3 * n, np.int32),
+        offsets=np.arange(3 * n + 1),
+        first=np.arange(0, 3 * n + 1, 3),
+        ended=np.ones(3 * n, np.bool_),
+        rewards=np.full(3 * n, math.nan),
+        eot=EOT,
+    )
+    tracemalloc.start()
+    batch = collate(groups, np.array([5, 999_999]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert batch.mask.all()
+    assert peak < 100_000
