@@ -317,15 +317,17 @@ def draw(
     if top_k is not None and top_k < logits.size(-1):
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    top, likeliest = logits.max(dim=-1, keepdim=True)
     if temperature == 0:
-        return likeliest[:, 0]
+        return logits.argmax(dim=-1)
+    top = logits.amax(dim=-1, keepdim=True)
     cdf = (logits - top).div_(temperature).exp_().cumsum_(dim=-1)  # in place: one buffer a token
     idx = torch.searchsorted(cdf, uniform[:, None].to(cdf) * cdf[:, -1:], right=True)
     idx = idx.clamp(max=logits.size(-1) - 1)  # rounding may reach the total
     # A sum made in parallel need not rise from token to token, and a search in it may end anywhere.
     possible = ((logits.gather(1, idx) - top) / temperature).exp() > 0
-    return torch.where(possible, idx, likeliest)[:, 0]
+    if logits.device.type == "cpu" and possible.all():  # argmax is slow there, asking is free
+        return idx[:, 0]
+    return torch.where(possible, idx, logits.argmax(dim=-1, keepdim=True))[:, 0]
 
 
 # ------------------------------------------------------------------------------
