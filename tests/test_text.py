@@ -352,9 +352,9 @@ def test_the_search_arrives_in_few_fits(shift):
         asked.append(beta)
         return 2.6 / (1 + (beta * shift) ** 1.3)
 
-    found = search.arrive({0.25: 5.0, 0.5: 3.0, 1.0: 1.5, 2.0: 0.4}, fit, fits=4)
+    found = search.arrive(1.5, constants.KLS, fit, fits=4)
     for target, beta in found.items():
-        assert search.off(fit(beta), target) <= constants.CLOSE
+        assert search.off(fit(beta), target) <= constants.TOLERANCE
     assert len(set(asked)) <= 10
 
 
@@ -362,7 +362,7 @@ def test_what_cannot_be_reached_is_not_there():
     """A method that ends at KL 0.7, and one that jumps over the target: fits end, and None."""
     for curve in (lambda beta: 0.7 / (1 + beta), lambda beta: 0.4 if beta > 1 else 4.0):
         fit = Mock(side_effect=curve)
-        found = search.arrive({0.4: 1.5, 1.0: 0.5}, fit, fits=4)
+        found = search.arrive(0.5, (0.4, 1.0), fit, fits=4)
         assert found[1.0] is None
         assert found[0.4] is not None
         assert fit.call_count <= 8
@@ -371,7 +371,7 @@ def test_what_cannot_be_reached_is_not_there():
 def test_every_policy_of_a_curve_counts_for_every_target():
     """What is right for the first target is right for the second: nothing more is fitted."""
     fit = Mock(return_value=0.51)
-    assert search.arrive({0.5: 1.0, 0.52: 1.0}, fit, fits=4) == {0.5: 1.0, 0.52: 1.0}
+    assert search.arrive(1.0, (0.5, 0.52), fit, fits=4) == {0.5: 1.0, 0.52: 1.0}
     assert fit.call_count == 1
 
 
@@ -551,7 +551,7 @@ def test_committed_results_are_of_the_plan_in_the_code():
     done = committed("results.json")["settings"]
     assert done["matrix"] == json.loads(json.dumps(asdict(constants.FULL)))
     assert done["methods"] == json.loads(json.dumps(constants.METHODS))
-    assert (done["tolerance"], done["close"]) == (constants.TOLERANCE, constants.CLOSE)
+    assert done["tolerance"] == constants.TOLERANCE
 
 
 def test_every_cell_is_a_policy_whose_measured_kl_is_within_10_percent_of_its_column():

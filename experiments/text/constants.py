@@ -32,18 +32,18 @@ class Method(NamedTuple):
     stage: str  # of train.py
     source: str  # what it learns from: pairs, sft's draws rated by the model, draws of its own
     rate: float  # learning rate
-    sentiment: tuple  # the beta to begin with at each of TARGETS: about right on seed 1000
-    conviction: tuple  # the same; but for ppo a guess
+    sentiment: float  # the beta to begin with at KL 1: about right on seed 1000
+    conviction: float  # the same at 0.5; for ppo a guess
 
 
 METHODS = {
-    "exo-pref": Method("exo", "pairs", 3e-4, (16.0, 1.4, 0.41, 0.17), (1.5,)),
-    "dpo-pref": Method("dpo", "pairs", 3e-4, (3.4, 1.9, 0.97, 0.53), (1.7,)),
-    "exo-rw": Method("exo", "model", 3e-4, (4.7, 3.05, 1.68, 0.51), (1.0,)),
-    "dpo-rw": Method("dpo", "model", 3e-4, (4.7, 3.0, 1.59, 0.53), (1.0,)),
-    "exo-online": Method("exo", "own", 1e-3, (4.95, 2.85, 1.45, 0.61), (1.5,)),
-    "dpo-online": Method("dpo", "own", 1e-3, (4.9, 3.0, 1.1, 0.38), (1.3,)),
-    "ppo": Method("ppo", "own", 1e-3, (4.3, 2.5, 1.22, 0.51), (1.05,)),
+    "exo-pref": Method("exo", "pairs", 3e-4, 0.41, 1.5),
+    "dpo-pref": Method("dpo", "pairs", 3e-4, 0.97, 1.7),
+    "exo-rw": Method("exo", "model", 3e-4, 1.68, 1.0),
+    "dpo-rw": Method("dpo", "model", 3e-4, 1.59, 1.0),
+    "exo-online": Method("exo", "own", 1e-3, 1.45, 1.5),
+    "dpo-online": Method("dpo", "own", 1e-3, 1.1, 1.3),
+    "ppo": Method("ppo", "own", 1e-3, 1.22, 1.05),
 }
 RM_RATE = 1e-3  # the reward model's learning rate, which was not swept
 SMOOTHING = 1e-3  # exo-pref's; see the top
@@ -57,11 +57,9 @@ MADE_WITH = (RM_RATE, SMOOTHING, PPO_EPOCHS, BORDER)  # what no field of Matrix 
 KLS = (0.25, 0.5, 1.0, 2.0)  # nats
 MIDDLE = (1.0,)  # for K
 TARGETS = {"sentiment": KLS, "conviction": (0.5,)}  # of each reward
-TOLERANCE = 0.1  # of a target: how far from it a policy may be that is compared there
-CLOSE = 0.05  # of a target: where the search for it stops
-FITS = 4  # at most, for a target
+TOLERANCE = 0.1  # of a target: where the search ends; nobody farther away is compared there
 BETAS = (1 / 64, 256.0)  # no beta beyond these
-PLAN = ("METHODS", "RM_RATE", "BORDER", "TARGETS", "TOLERANCE", "CLOSE")  # in results.json, too
+PLAN = ("METHODS", "RM_RATE", "BORDER", "TARGETS", "TOLERANCE")  # in results.json, too
 
 # --------------------------------------------------------------------------------------------------
 # Questions: what each needs to have run, and the comparisons that it will be answered by
@@ -135,7 +133,7 @@ class Matrix:
     questions: tuple = tuple(QUESTIONS)
     first_seed: int = 0
     seeds: int = 5
-    fits: int = FITS
+    fits: int = 4  # at most, for a target
     # how
     n_embd: int = 48
     n_layer: int = 2

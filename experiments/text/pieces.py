@@ -123,8 +123,7 @@ def walk(
         return results[beta]["kl"]
 
     first = getattr(constants.METHODS[curve.method], curve.reward)
-    first = dict(zip(constants.TARGETS[curve.reward], first, strict=True))
-    found = arrive({target: first[target] for target in curve.targets}, kl, matrix.fits)
+    found = arrive(first, curve.targets, kl, matrix.fits)
     for beta in curve.betas:
         kl(beta)
     return found, results

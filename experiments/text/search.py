@@ -1,17 +1,18 @@
 """
 The beta at which a method's judged KL(pi || sft) is where it shall be.
 
-log KL falls along log beta, not quite in a line and not quite steadily. So the search is a secant
-between the two policies nearest to the target on either side, kept within them, and a step of the
-usual slope where there is one side only. Policies that were fitted for another target count, too.
+log KL falls along log beta, not quite in a line and not quite steadily. So the search is a secant:
+between the two policies nearest to the target on either side, kept within them, or on through the
+two nearest where there is one side only. Policies that were fitted for another target count, too.
 """
 
 import math
 from collections.abc import Callable
 
-from experiments.text.constants import BETAS, CLOSE, TOLERANCE
+from experiments.text.constants import BETAS, TOLERANCE
 
-SLOPE = -1.0  # of log KL over log beta, where nothing better is known
+SLOPE = -1.0  # of log KL over log beta, where one policy is known
+SLOPES = (-1.5, -0.3)  # where two are: noise may tell anything
 STRIDE = 4.0  # a step with one side only changes beta by no more than this factor
 INSIDE = 0.1  # of a bracket's width: how near to its ends the next beta may be
 
@@ -27,27 +28,25 @@ def nearest(known: dict[float, float], target: float) -> float:
 
 
 def arrive(
-    first: dict[float, float], fit: Callable[[float], float], fits: int
+    first: float, targets: tuple, fit: Callable[[float], float], fits: int
 ) -> dict[float, float | None]:
     """{target: beta}, None where no policy is within TOLERANCE of it.
 
     fit(beta) trains a policy and gives its KL; it is asked at most `fits` times for a target.
-    `first`: {target: the beta to begin with}, corrected by the factor that was right at the target
-    before, because a seed's rewards may be larger than another's at all KLs.
+    `first` is the beta to begin with. The target nearest to 1 nat comes first, then outwards.
     """
     known: dict[float, float] = {}
-    found, factor = {}, 1.0
-    for target, start in first.items():
-        beta, asked = within(start * factor), 0
-        while beta is not None and asked < fits:
-            if known and off(known[nearest(known, target)], target) <= CLOSE:
+    found = {}
+    for target in sorted(targets, key=lambda kl: abs(math.log(kl))):
+        for _ in range(fits):
+            if known and off(known[nearest(known, target)], target) <= TOLERANCE:
+                break
+            beta = following(known, target) if known else within(first)
+            if beta in known:
                 break
             known[beta] = fit(beta)
-            asked += 1
-            beta = following(known, target)
         best = nearest(known, target)
         found[target] = best if off(known[best], target) <= TOLERANCE else None
-        factor = best / start if found[target] else factor
     return found
 
 
@@ -56,17 +55,19 @@ def within(beta: float) -> float:
     return float(f"{min(max(beta, BETAS[0]), BETAS[1]):.4g}")
 
 
-def following(known: dict[float, float], target: float) -> float | None:
-    """The beta to try next, None where it has been tried."""
+def following(known: dict[float, float], target: float) -> float:
+    """The beta to try next; one that has been tried where there is no other."""
     x = {beta: math.log(beta) for beta in known}
     y = {beta: math.log(max(kl, 1e-6) / target) for beta, kl in known.items()}
     below, above = ([b for b in known if (y[b] > 0) == side] for side in (False, True))
     if below and above:
         a, b = max(below, key=y.get), min(above, key=y.get)  # the nearest on either side
         share = min(max(y[a] / (y[a] - y[b]), INSIDE), 1 - INSIDE)
-        beta = within(math.exp(x[a] + share * (x[b] - x[a])))
-    else:
-        a = min(known, key=lambda b: abs(y[b]))
-        step = min(max(-y[a] / SLOPE, -math.log(STRIDE)), math.log(STRIDE))
-        beta = within(math.exp(x[a] + step))
-    return None if beta in known else beta
+        return within(math.exp(x[a] + share * (x[b] - x[a])))
+    a, *others = sorted(known, key=lambda beta: abs(y[beta]))
+    slope = SLOPE
+    if others:
+        slope = (y[others[0]] - y[a]) / (x[others[0]] - x[a])
+        slope = min(max(slope, SLOPES[0]), SLOPES[1])
+    step = min(max(-y[a] / slope, -math.log(STRIDE)), math.log(STRIDE))
+    return within(math.exp(x[a] + step))
