@@ -17,6 +17,7 @@ disagree, and where a sentence has a ± that no comment names. Of the text world
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -30,12 +31,11 @@ FILES = {
     "toy": "toy/results.json",
     "sweep": "toy/sweep.json",
     "text": "text/results.json",
-    "again": "text/again.json",  # one of its questions, with other seeds
     "bench": "bench/results.json",
 }
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t
 DATA = {name: json.loads((ROOT / "assets" / path).read_bytes()) for name, path in FILES.items()}
-TOY, SWEEP, TEXT, AGAIN, BENCH = DATA.values()
+TOY, SWEEP, TEXT, BENCH = DATA.values()
 
 # --------------------------------------------------------------------------------------------------
 # Numbers
@@ -86,7 +86,7 @@ def named(field: str) -> str:
     sides = [{k: literal(v.split("|")[-i]) for k, v in where.items()} for i in (0, 1)]
     apart = "|" in inside
     found = gap(rows, column, *sides) if apart else [*values(rows, column, **sides[0]).values()]
-    scale = T95[len(found)] if file in ("text", "again") else 1.0
+    scale = T95[len(found)] if file == "text" else 1.0
     seeds = f" ({len(found)} seeds)" if apart and "target" in where else ""
     return number(column, found, "+" if apart else "", scale) + seeds
 
@@ -220,15 +220,16 @@ def text_cells(reward: str, cells: dict[str, str], names=None, **which) -> str:
     rows = only(TEXT["cells"], **where, **which)
     best = [{**row, "method": "π*", "K": 0} for row in only(TEXT["optimum"], **where)]
     rows += [row for row in best if row["target"] in distinct(rows, "target")]
-    rows.sort(key=lambda row: (row["target"], row["K"]))
     names = names or (*TEXT["settings"]["methods"], "π*")
-    lines: dict[str, dict[str, str]] = {name: {} for name in names}
+    rows = [row for row in rows if row["method"] in names]
+    rows.sort(key=lambda row: (row["target"], row["K"]))
+    heads = [head for text in cells for (head,) in together(rows, text)]
+    lines = {name: dict.fromkeys(heads, "–") for name in names}
     for head, text in cells.items():
         columns = re.findall(r"{(\w+)}", text)
         for (name, title), own in together(rows, "{method}", head).items():
-            if name in lines:
-                means = {column: told(column, [row[column] for row in own]) for column in columns}
-                lines[name][title] = text.format(**means) + f" ({len(own)})" * (len(own) < seeds)
+            means = {column: told(column, [row[column] for row in own]) for column in columns}
+            lines[name][title] = text.format(**means) + f" ({len(own)})" * (len(own) < seeds)
     return markdown(reward, lines)
 
 
@@ -239,7 +240,9 @@ def text_compared(question: str, data: dict) -> str:
     """Paired differences: mean ± half of the 95 % interval; bold where p by Holm is below 0.05; how
     far apart in KL the two sides are, over their targets."""
     lines: dict[str, dict[str, str]] = {}
-    for row in only(data["compared"], question=question):
+    rows = only(data["compared"], question=question)
+    heads = [f"KL {target:g}" for target in sorted(distinct(rows, "target"))]
+    for row in rows:
         share = row["quantity"] in SHARES
         scale, digits = (100, 0) if share else (1, 2)
         cell = (
@@ -250,7 +253,7 @@ def text_compared(question: str, data: dict) -> str:
         sides = [f"{row[who]}, K = {row[K]}" for who, K in (("ours", "K"), ("theirs", "K_theirs"))]
         name = " − ".join(sides if question == "K" else (row["ours"], row["theirs"]))
         name += f", {WON[row['quantity']]}" if share else ""
-        line = lines.setdefault(name, {})
+        line = lines.setdefault(name, dict.fromkeys(heads, "–"))
         line[f"KL {row['target']:g}"] = cell
         line["apart in KL"] = line.get("apart in KL", "") + f" {100 * row['kl_gap']:+.0f}"
     for line in lines.values():
@@ -262,7 +265,8 @@ def text_turns() -> str:
     """Of each grid the policy with the highest oracle reward, and the one farthest out: medians
     over seeds. A seed has turned if the oracle prefers the one and the reward model the other."""
     lines, grids = {}, only(TEXT["fits"], grid=True)
-    for method, labels in distinct(grids, "method", "labels"):
+    which = distinct(grids, "method", "labels")
+    for method, labels in sorted(which, key=lambda pair: (pair[0], pair[1] or math.inf)):
         own = only(grids, method=method, labels=labels)
         ends = [
             [max(only(own, seed=seed), key=lambda row: row[name]) for name in ("oracle", "kl")]
@@ -336,7 +340,6 @@ TABLES = {
     ),
     "text methods": lambda: text_cells("sentiment", {AT: "{oracle}; {well_formed}"}, K=8),
     "text methods compared": lambda: text_compared("methods", TEXT),
-    "text again": lambda: text_compared(AGAIN["settings"]["matrix"]["questions"][0], AGAIN),
     "text draws compared": lambda: text_compared("draws", TEXT),
     "text wins": lambda: text_cells("sentiment", {AT: "{win_rm}; {win_oracle}"}, K=8),
     "text wins compared": lambda: text_compared("wins", TEXT),

@@ -457,52 +457,87 @@ def test_what_the_direction_is_worth_at_each_budget():
 # The same of the text world
 
 
-def test_in_the_text_world_one_interval_excludes_0_and_it_is_dpos():
-    rows = [r for r in TEXT["matched"] if r["kl"] in (0.5, 1) and r.get("lead_seeds", 0) > 1]
-    hits = [r for r in rows if abs(r["lead"]) > readme.T95[r["lead_seeds"]] * r["lead_se"]]
-    assert [(r["method"], r["reward"], r["kl"]) for r in hits] == [("exo-rw", "sentiment", 0.5)]
-    assert hits[0]["lead"] < 0
+def hits(data: dict, question: str) -> set[tuple]:
+    """(quantity, who is ahead, K, who is behind, K, KL): what Holm's correction leaves of the
+    comparisons of a question, those that its table has in bold."""
+    found = set()
+    for row in only(data["compared"], question=question):
+        sides = (row["ours"], row["K"]), (row["theirs"], row["K_theirs"])
+        first, last = sides if row["mean"] > 0 else sides[::-1]
+        if row["holm"] < 0.05:
+            found.add((row["quantity"], *first, *last, row["target"]))
+    return found
 
 
-def judged(**where) -> list[dict]:
-    return only(TEXT["rows"], last=True, n_pairs=None, n_embd=48, **where)
+FOUND = {
+    "methods": {("oracle", "exo-online", 8, "dpo-online", 8, 2.0)},
+    "draws": {
+        ("oracle", "exo-online", 8, "exo-rw", 8, 1.0),
+        ("oracle", "exo-online", 8, "exo-rw", 8, 2.0),
+        ("oracle", "dpo-online", 8, "dpo-rw", 8, 1.0),
+        ("oracle", "dpo-online", 8, "dpo-rw", 8, 2.0),
+    },
+    "wins": set(),
+    "K": set(),
+    "modes": {("opposed", "exo-online", 8, "dpo-online", 8, 0.5)},
+}
 
 
-def test_in_the_text_world_exo_does_not_win_more_by_either_judge():
-    rows = judged(reward="sentiment", beta=2)
-    for judge in ("win_rm_sft", "win_oracle_sft"):
-        assert not clear(gap(rows, judge, {"method": "exo-rw"}, {"method": "dpo-rw"}))
+@pytest.mark.parametrize("question", FOUND)
+def test_who_wins_in_the_text_world_is_who_the_page_says(question):
+    assert hits(TEXT, question) == FOUND[question]
 
 
-ONLINE = ("exo-online", "dpo-online", "ppo")
+RATED = ("exo-rw", "dpo-rw")
+OFFLINE = ("exo-pref", "dpo-pref", *RATED)
+OWN = ("exo-online", "dpo-online", "ppo")
 
 
-def test_in_the_text_world_own_draws_earn_more_and_runs_can_break():
-    for reward, least in (("sentiment", 0.5), ("conviction", 0.25)):
-        rows = judged(reward=reward)
-        means = {
-            key: mean_se([r["oracle"] for r in rows if (r["method"], r["beta"]) == key])[0]
-            for key in distinct(rows, "method", "beta")
+def cells(column: str, method: str, target: float, reward: str = "sentiment") -> list[float]:
+    where = {"method": method, "target": target, "reward": reward}
+    return [row[column] for row in only(TEXT["cells"], K=8, labels=0, **where)]
+
+
+def test_where_offline_texts_break():
+    """At KL 2 one in eight, and less is earned than at 1; own draws keep the grammar."""
+    for method in OFFLINE:
+        assert 0.84 < mean_se(cells("well_formed", method, 2.0))[0] < 0.89
+        assert mean_se(cells("oracle", method, 2.0))[0] < mean_se(cells("oracle", method, 1.0))[0]
+    for method in OWN:
+        assert mean_se(cells("well_formed", method, 2.0))[0] > 0.95
+
+
+def test_who_did_not_arrive():
+    missed = TEXT["missed"]
+    assert {r["seed"] for r in missed if r["method"] in RATED} == {0}
+    assert {r["target"] for r in only(missed, K=8) if r["method"] in RATED} == {0.5, 1.0, 2.0}
+    pref = [row for row in missed if row["method"] == "exo-pref"]
+    assert len(only(pref, target=0.25)) == 5
+    assert all(0.29 < row["nearest_kl"] < 0.34 for row in only(pref, target=0.25))
+    assert {row["seed"] for row in pref if row["target"] > 0.25} == {0}
+    broken = only(TEXT["fits"], reward="sentiment", labels=0, seed=0)
+    for method in RATED:  # nobody between
+        kls = [row["kl"] for row in only(broken, method=method, K=8)]
+        assert not any(0.3 < kl < 1.4 for kl in kls)
+    assert not [row for row in missed if row["method"].endswith("online")]
+
+
+def test_no_wins_differ_by_a_hundredth_but_with_pairs_at_half_a_nat():
+    far = [row for row in only(TEXT["compared"], question="wins") if abs(row["mean"]) >= 0.01]
+    assert {(row["ours"], row["target"]) for row in far} == {("exo-pref", 0.5)}
+
+
+def test_who_turns_down_when_a_reward_model_is_leaned_on():
+    grids = only(TEXT["fits"], grid=True)
+    for labels, seed in distinct(grids, "labels", "seed"):
+        own = only(grids, labels=labels, seed=seed, method="exo-online")
+        assert max(own, key=lambda row: row["oracle"])["beta"] == min(r["beta"] for r in own)
+    for labels in distinct(grids, "labels"):
+        far = {
+            method: sorted(
+                max(r["kl"] for r in only(grids, labels=labels, seed=seed, method=method))
+                for seed in (0, 1, 2)
+            )[1]
+            for method in RATED
         }
-        online = [means.pop((method, least)) for method in ONLINE]
-        assert min(online) > max(
-            mean for (method, _), mean in means.items() if method not in ONLINE
-        )
-        for method in ONLINE:
-            own = only(rows, beta=least, method=method)
-            assert 1.6 <= round(mean_se([r["kl"] for r in own])[0], 1) <= 2.5
-            assert mean_se([r["producible"] for r in own])[0] > 0.965
-    rows = judged(reward="sentiment", beta=0.5)
-    for method in {row["method"] for row in rows} - {*ONLINE}:
-        assert mean_se([r["producible"] for r in only(rows, method=method)])[0] < 0.95
-    (start,) = only(TEXT["start"], reward="sentiment", n_embd=48, seed=0)
-    for method in ("exo-rw", "dpo-rw", "dpo-rw-oracle"):
-        (broken,) = judged(reward="sentiment", beta=0.5, method=method, seed=0)
-        assert broken["oracle"] < start["oracle"]
-
-
-def test_in_the_text_world_own_draws_lean_to_one_mode():
-    """Less praise than sft's half, in the mean of three seeds."""
-    for method in ONLINE:
-        own = judged(reward="conviction", beta=0.25, method=method)
-        assert mean_se([r["praise"] for r in own])[0] < 0.35
+        assert far["exo-rw"] > far["dpo-rw"]

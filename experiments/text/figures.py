@@ -4,7 +4,7 @@ The text world's figures: from what results.json holds to PNGs, for a light page
     python -m experiments.text.figures     draws those of assets/text again
 
 Red is EXO, blue DPO, green PPO, π* has the colour of the text; a marker says what a method learned
-from. A small point is one seed's policy, a line joins the means of the policies of a target.
+from. A small point is one seed's policy, a line joins the medians of a target.
 """
 
 import functools
@@ -61,13 +61,12 @@ def along_kl(plt, done: dict, name: str):
             for x, y in points:
                 axis.scatter(x, y, s=12, color=look["color"], alpha=0.35, lw=0)
             if points:
-                axis.plot(*zip(*[np.mean(x, axis=1) for x in points], strict=True), **look)
+                axis.plot(*zip(*[np.median(x, axis=1) for x in points], strict=True), **look)
         axis.set_title(title, fontsize=11.5)
         axis.set_xscale("log")
         axis.set_xticks(KLS, [f"{kl:g}" for kl in KLS])
         axis.minorticks_off()
-        axis.set_xlabel("KL(π‖sft), nats")
-        axis.set_ylabel(NAMES[quantity])
+        axis.set(xlabel="KL(π‖sft), nats", ylabel=NAMES[quantity])
         axis.legend(fontsize=9)
     return tidy(figure)
 
@@ -88,7 +87,8 @@ def overoptimisation(plt, done: dict, name: str):
                 axis.plot(kls, y, **look | {"ls": line, "label": f"{method}: {quantity}"})
         axis.set_title(f"reward model of {labels or 'all'} labels", fontsize=11.5)
         axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlabel("KL(π‖sft), nats")
+        ticks = (0, 0.5, 1, 2, 5, 10, 50)
+        axis.set(xlabel="KL(π‖sft), nats", xticks=ticks, xticklabels=ticks)
     axes[0].set_ylabel("reward, nats")
     axes[0].legend(fontsize=8.5)
     return tidy(figure)
