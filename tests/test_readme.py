@@ -528,7 +528,11 @@ def test_no_wins_differ_by_a_hundredth_but_with_pairs_at_half_a_nat():
 
 
 def test_who_turns_down_when_a_reward_model_is_leaned_on():
+    """Own draws never; the others in the share of runs that QUESTIONS says."""
     grids = only(TEXT["fits"], grid=True)
+    offline = re.findall(r"-rw, .+ (\d) of 3 \|", readme.text_turns())
+    (said,) = re.findall(r"still rises in (\d+) of 18 runs", PAGES["QUESTIONS.md"])
+    assert sum(map(int, offline)) == int(said)
     for labels, seed in distinct(grids, "labels", "seed"):
         own = only(grids, labels=labels, seed=seed, method="exo-online")
         assert max(own, key=lambda row: row["oracle"])["beta"] == min(r["beta"] for r in own)
