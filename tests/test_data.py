@@ -289,7 +289,6 @@ def check_collate(raw: list, chosen: list[int], round_to: int) -> None:
             targets += predicted + [-1] * (T - len(predicted))
             segment.append(int(starts[g]) + 1 + k if k < len(completions) else 0)
     scored = [i for i, target in enumerate(targets) if target >= 0]
-    spare = batch.scored[len(scored) :].tolist()
     assert (batch.prefix.shape, batch.mask.shape) == ((len(picked), P), (len(picked), K))
     assert batch.idx.shape == batch.targets.shape == (len(picked), K, T)
     for found, expected in (
@@ -306,7 +305,7 @@ def check_collate(raw: list, chosen: list[int], round_to: int) -> None:
     ):
         assert found.flatten().tolist() == expected
     assert len(batch.scored) == rounded(len(scored))
-    assert all(targets[i] == -1 for i in spare)  # what it says of them is nobody's log-prob
+    assert all(targets[i] == -1 for i in batch.scored[len(scored) :])  # nobody's log-probs
     assert batch.n_tokens() == sum(len(p) - 1 for p, _ in picked) + len(scored)
     assert {x.dtype for x in batch} == {torch.int64, torch.bool, torch.float64}
     assert all(x.is_contiguous() for x in batch)
