@@ -31,11 +31,12 @@ FILES = {
     "toy": "toy/results.json",
     "sweep": "toy/sweep.json",
     "text": "text/results.json",
+    "again": "text/again.json",  # one of its questions, with other seeds
     "bench": "bench/results.json",
 }
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t
 DATA = {name: json.loads((ROOT / "assets" / path).read_bytes()) for name, path in FILES.items()}
-TOY, SWEEP, TEXT, BENCH = DATA.values()
+TOY, SWEEP, TEXT, AGAIN, BENCH = DATA.values()
 
 # --------------------------------------------------------------------------------------------------
 # Numbers
@@ -340,6 +341,7 @@ TABLES = {
     ),
     "text methods": lambda: text_cells("sentiment", {AT: "{oracle}; {well_formed}"}, K=8),
     "text methods compared": lambda: text_compared("methods", TEXT),
+    "text again": lambda: text_compared(AGAIN["settings"]["matrix"]["questions"][0], AGAIN),
     "text draws compared": lambda: text_compared("draws", TEXT),
     "text wins": lambda: text_cells("sentiment", {AT: "{win_rm}; {win_oracle}"}, K=8),
     "text wins compared": lambda: text_compared("wins", TEXT),

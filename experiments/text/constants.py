@@ -14,7 +14,7 @@ Choices and simplifications:
   K there are more groups. ppo passes PPO_EPOCHS times over its own, in PPO_EPOCHS times the steps.
 - EXO and DPO have the same learning rate where they learn from the same, and at every K: the one of
   1e-4, 3e-4, ... with which the two together had the highest mean of oracle reward - beta KL on
-  sentiment at beta 0.8, on seed 1000 (assets/text/tuning.json has settings and scores).
+  sentiment at beta 0.8, on seed 1000 of a kindred world (assets/text/tuning.json; see the page).
 - Each seed has its own data, sft, labels and reward models. Differences are paired by seed, every
   interval is 95 % by Student's t, Holm's correction is over the comparisons of one question.
 - All policies are judged on the first clauses of the same held-out reviews, with the same uniform
