@@ -87,7 +87,7 @@ def named(field: str) -> str:
     sides = [{k: literal(v.split("|")[-i]) for k, v in where.items()} for i in (0, 1)]
     apart = "|" in inside
     found = gap(rows, column, *sides) if apart else [*values(rows, column, **sides[0]).values()]
-    scale = T95[len(found)] if file == "text" else 1.0
+    scale = T95[len(found)] if file in ("text", "again") else 1.0
     seeds = f" ({len(found)} seeds)" if apart and "target" in where else ""
     return number(column, found, "+" if apart else "", scale) + seeds
 

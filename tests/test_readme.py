@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import json
 import math
 import re
 import runpy
@@ -493,12 +494,22 @@ def test_other_seeds_change_no_sentence_about_who_wins():
     the one lead that other seeds do not show it clearly."""
     (question,) = AGAIN["settings"]["matrix"]["questions"]
     assert AGAIN["settings"]["matrix"]["first_seed"] == 5
+    assert AGAIN["settings"] | {"matrix": None} == TEXT["settings"] | {"matrix": None}
     assert hits(AGAIN, question) == set()
     for quantity, *who, target in FOUND[question]:
         ours, theirs = who[0], who[2]
         where = {"quantity": quantity, "ours": ours, "theirs": theirs, "target": target}
         (row,) = only(AGAIN["compared"], **where)
         assert row["mean"] > 0
+
+
+@pytest.mark.parametrize("file", ["text", "again"])
+def test_numbers_in_sentences_have_the_intervals_of_the_tables(file):
+    """Half of 95 %, not a standard error."""
+    for row in only(readme.DATA[file]["compared"], question="methods"):
+        where = f"K=8,labels=0,reward=sentiment,method={row['ours']}|{row['theirs']}"
+        said = readme.named(f"{file}.cells.oracle({where},target={row['target']})")
+        assert said == f"{row['mean']:+.2f} ± {row['half']:.2f} ({row['seeds']} seeds)"
 
 
 RATED = ("exo-rw", "dpo-rw")
@@ -533,6 +544,54 @@ def test_who_did_not_arrive():
         kls = [row["kl"] for row in only(broken, method=method, K=8)]
         assert not any(0.3 < kl < 1.4 for kl in kls)
     assert not [row for row in missed if row["method"].endswith("online")]
+    others = only(AGAIN["missed"], method="exo-pref", target=0.25)
+    assert len(others) == 3
+    far = [row for row in TEXT["fits"] if row["kl"] > 6 and not row["grid"]]
+    assert {r["seed"] for r in far if (r["method"], r["reward"]) == ("ppo", "sentiment")} == {
+        0,
+        1,
+        4,
+    }
+
+
+def test_most_of_what_own_draws_earn_more_is_whole_text():
+    """Broken text has -13; and at KL 1 own draws lie 0.09 nats farther out, at two nats a nat."""
+    for ours, theirs in (("exo-online", "exo-rw"), ("dpo-online", "dpo-rw")):
+        for target in (1.0, 2.0):
+            sides = ({"method": m, "target": target} for m in (ours, theirs))
+            rows = [
+                only(TEXT["cells"], reward="sentiment", labels=0, K=8, **side) for side in sides
+            ]
+            whole = [
+                {
+                    r["seed"]: (r["oracle"] + 13 * (1 - r["well_formed"])) / r["well_formed"]
+                    for r in x
+                }
+                for x in rows
+            ]
+            both = whole[0].keys() & whole[1].keys()
+            left = mean_se([whole[0][seed] - whole[1][seed] for seed in both])[0]
+            lead = next(
+                r["mean"]
+                for r in only(TEXT["compared"], question="draws", ours=ours, target=target)
+                if r["theirs"] == theirs
+            )
+            assert 0 < left < lead / 2
+            if ours == "exo-online":
+                assert round(left, 1) == (0.3 if target == 1 else 0.7)
+    kl, oracle = (
+        [mean_se(cells(name, "exo-online", t))[0] for t in (0.5, 2.0)] for name in ("kl", "oracle")
+    )
+    assert 0.09 * (oracle[1] - oracle[0]) / (kl[1] - kl[0]) == pytest.approx(0.2, abs=0.05)
+
+
+def test_what_the_tuning_seed_had():
+    rows = json.loads((ROOT / "assets/text/tuning.json").read_bytes())["rows"]
+    score = {(r["method"], r["rate"]): round(r["score"], 1) for r in rows}
+    assert [score["exo-pref", rate] for rate in (1e-3, 3e-4)] == [5.2, 4.6]
+    assert [score["dpo-pref", rate] for rate in (1e-3, 3e-4)] == [1.7, 4.4]
+    (held,) = only(rows, method="exo-rw", rate=3e-4)
+    assert (round(held["kl"], 1), round(held["well_formed"], 2)) == (1.6, 0.96)
 
 
 def test_no_wins_differ_by_a_hundredth_but_with_pairs_at_half_a_nat():
@@ -546,6 +605,12 @@ def test_who_turns_down_when_a_reward_model_is_leaned_on():
     offline = re.findall(r"-rw, .+ (\d) of 3 \|", readme.text_turns())
     (said,) = re.findall(r"still rises in (\d+) of 18 runs", PAGES["QUESTIONS.md"])
     assert sum(map(int, offline)) == int(said)
+    both = 0  # collapses that the reward model sees, too, which `turned` does not count
+    for method, labels, seed in distinct(grids, "method", "labels", "seed"):
+        own = only(grids, method=method, labels=labels, seed=seed)
+        best, far = (max(own, key=lambda row: row[name]) for name in ("oracle", "kl"))
+        both += best["rm"] > far["rm"] and far["oracle"] < 0
+    assert both == 2
     for labels, seed in distinct(grids, "labels", "seed"):
         own = only(grids, labels=labels, seed=seed, method="exo-online")
         assert max(own, key=lambda row: row["oracle"])["beta"] == min(r["beta"] for r in own)

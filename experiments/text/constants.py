@@ -157,4 +157,4 @@ class Matrix:
 
 FULL = Matrix()
 QUICK = replace(FULL, questions=("modes",), seeds=1, fits=2)
-QUICK = replace(QUICK, sft_rows=30_000, sft_iters=2000, rm_iters=200, judged=(32, 16), pool=64)
+QUICK = replace(QUICK, sft_rows=30_000, sft_iters=1500, rm_iters=200, judged=(32, 16), pool=64)
