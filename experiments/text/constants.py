@@ -15,6 +15,7 @@ Choices and simplifications:
 - EXO and DPO have the same learning rate where they learn from the same, and at every K: the one of
   1e-4, 3e-4, ... with which the two together had the highest mean of oracle reward - beta KL on
   sentiment at beta 0.8, on seed 1000 of a kindred world (assets/text/tuning.json; see the page).
+  On pairs alone EXO's own best was another: exo-fast-pref has it.
 - Each seed has its own data, sft, labels and reward models. Differences are paired by seed, every
   interval is 95 % by Student's t, Holm's correction is over the comparisons of one question.
 - All policies are judged on the first clauses of the same held-out reviews, with the same uniform
@@ -32,18 +33,20 @@ class Method(NamedTuple):
     stage: str  # of train.py
     source: str  # what it learns from: pairs, sft's draws rated by the model, draws of its own
     rate: float  # learning rate
-    sentiment: float  # the beta to begin with at KL 1: about right on seed 1000
-    conviction: float  # the same at 0.5; for ppo a guess
+    sentiment: tuple  # betas to begin with at each of KLS: the medians of an earlier run's seeds 5
+    # to 9; None where it is not asked for
+    conviction: tuple  # the same, of an earlier run's seeds 0 to 4
 
 
 METHODS = {
-    "exo-pref": Method("exo", "pairs", 3e-4, 0.41, 1.5),
-    "dpo-pref": Method("dpo", "pairs", 3e-4, 0.97, 1.7),
-    "exo-rw": Method("exo", "model", 3e-4, 1.68, 1.0),
-    "dpo-rw": Method("dpo", "model", 3e-4, 1.59, 1.0),
-    "exo-online": Method("exo", "own", 1e-3, 1.45, 1.5),
-    "dpo-online": Method("dpo", "own", 1e-3, 1.1, 1.3),
-    "ppo": Method("ppo", "own", 1e-3, 1.22, 1.05),
+    "exo-pref": Method("exo", "pairs", 3e-4, (90, 2.4, 0.67, 0.24), (0.87,)),
+    "dpo-pref": Method("dpo", "pairs", 3e-4, (5.4, 2.8, 1.28, 0.71), (1.3,)),
+    "exo-rw": Method("exo", "model", 3e-4, (4.1, 2.75, 1.68, 0.87), (1.67,)),
+    "dpo-rw": Method("dpo", "model", 3e-4, (4.2, 2.7, 1.59, 0.79), (1.59,)),
+    "exo-online": Method("exo", "own", 1e-3, (4.4, 2.8, 1.45, 0.54), (1.5,)),
+    "dpo-online": Method("dpo", "own", 1e-3, (4.6, 3.0, 1.1, 0.16), (1.09,)),
+    "ppo": Method("ppo", "own", 1e-3, (4.1, 2.6, 1.22, 0.43), (1.16,)),
+    "exo-fast-pref": Method("exo", "pairs", 1e-3, (None, None, 1.5, 0.6), (None,)),  # guesses
 }
 RM_RATE = 1e-3  # the reward model's learning rate, which was not swept
 SMOOTHING = 1e-3  # exo-pref's; see the top
@@ -59,6 +62,14 @@ MIDDLE = (1.0,)  # for K
 TARGETS = {"sentiment": KLS, "conviction": (0.5,)}  # of each reward
 TOLERANCE = 0.1  # of a target: where the search ends; nobody farther away is compared there
 BETAS = (1 / 64, 256.0)  # no beta beyond these
+
+
+def starts(method: str, reward: str) -> dict[float, float]:
+    """{target: the beta to begin with}."""
+    about = zip(TARGETS[reward], getattr(METHODS[method], reward), strict=True)
+    return {target: beta for target, beta in about if beta}
+
+
 PLAN = ("METHODS", "RM_RATE", "BORDER", "TARGETS", "TOLERANCE")  # in results.json, too
 
 # --------------------------------------------------------------------------------------------------
@@ -102,14 +113,18 @@ LEANING = ("exo-rw", "dpo-rw", "exo-online")  # the methods that lean
 PULLS = (2.0, 0.7, 0.25, 0.08)  # betas, down to where a policy trusts its reward model most
 KS = (2, 4, 8, 16)
 
-EXO_DPO = pairs("exo-pref:dpo-pref exo-rw:dpo-rw exo-online:dpo-online")
+EXO_DPO = pairs("exo-pref:dpo-pref exo-rw:dpo-rw exo-online:dpo-online exo-fast-pref:dpo-pref")
 OWN = pairs("exo-online:exo-rw dpo-online:dpo-rw exo-online:ppo")
 BY_K = tuple(pair for K in KS for pair in pairs("exo-rw:dpo-rw", K))
 BY_K += tuple(((method, 16), (method, 2)) for method in ("exo-rw", "dpo-rw"))
 
-ALONG = tuple(Curve("sentiment", method, targets=KLS) for method in METHODS)
+ALONG = tuple(Curve("sentiment", m, targets=tuple(starts(m, "sentiment"))) for m in METHODS)
 EACH_K = tuple(Curve("sentiment", m, K, targets=MIDDLE) for m in ("exo-rw", "dpo-rw") for K in KS)
-MODAL = tuple(Curve("conviction", m, targets=TARGETS["conviction"]) for m in METHODS)
+MODAL = tuple(
+    Curve("conviction", m, targets=TARGETS["conviction"])
+    for m in METHODS
+    if starts(m, "conviction")
+)
 GRID = tuple(
     Curve("sentiment", method, labels=n, betas=PULLS, seeds=3) for method in LEANING for n in LABELS
 )
@@ -118,7 +133,7 @@ QUESTIONS = {  # name: (curves, the comparisons it will be answered by)
     "draws": (ALONG, Family("sentiment", ("oracle",), OWN, KLS)),
     "wins": (ALONG, Family("sentiment", ("win_rm", "win_oracle"), EXO_DPO[:2], KLS)),
     "K": (EACH_K, Family("sentiment", ("oracle",), BY_K, MIDDLE)),
-    "modes": (MODAL, Family("conviction", ("opposed",), EXO_DPO, TARGETS["conviction"])),
+    "modes": (MODAL, Family("conviction", ("opposed",), EXO_DPO[:3], TARGETS["conviction"])),
     "overoptimisation": (GRID, Family("sentiment")),  # nothing is tested
 }
 

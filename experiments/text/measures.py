@@ -71,16 +71,17 @@ def token_kl(policy: GPT, sft: GPT, prompts: list, completions: list, at_once=12
     """Per completion (P, n), token ids as in Draws: the exact KL between the next-token
     distributions, summed over its tokens."""
     texts = [(p, y) for p, ys in zip(prompts, completions, strict=True) for y in ys]
-    parts = []
-    for start in range(0, len(texts), at_once):
-        some = texts[start : start + at_once]
-        idx = pad_sequence([torch.tensor((p + y)[:-1]) for p, y in some], batch_first=True)
-        scores = [torch.arange(len(p) + len(y) - 1) >= len(p) - 1 for p, y in some]
+    lengths = torch.tensor([len(p) + len(y) for p, y in texts])
+    total = torch.zeros(len(texts), dtype=torch.float64)
+    for some in lengths.argsort().split(at_once):  # of like length: less to pad
+        own = [texts[i] for i in some]
+        idx = pad_sequence([torch.tensor((p + y)[:-1]) for p, y in own], batch_first=True)
+        scores = [torch.arange(len(p) + len(y) - 1) >= len(p) - 1 for p, y in own]
         scored = pad_sequence(scores, batch_first=True)  # (B, T) False where padded, too
-        log_pi, log_sft = (F.log_softmax(gpt(idx).double(), -1) for gpt in (policy, sft))
-        kl = (log_pi.exp() * (log_pi - log_sft)).sum(-1)  # (B, T)
-        parts.append((kl * scored).sum(-1))
-    return torch.cat(parts).view(len(prompts), -1).numpy()
+        log_pi, log_sft = (F.log_softmax(gpt(idx)[scored].double(), -1) for gpt in (policy, sft))
+        kl = (log_pi.exp() * (log_pi - log_sft)).sum(-1)  # (S,)
+        total.index_add_(0, some.repeat_interleave(scored.sum(-1)), kl)
+    return total.view(len(prompts), -1).numpy()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from experiments.text.makers import MAKERS
 from experiments.text.search import arrive
 from infra.rows import make_folder
 
-VERSION = 4  # of what makers do and return: pieces of another are made anew
+VERSION = 5  # of what makers do and return: pieces of another are made anew
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def walk(
         results[beta] = fitted(fit(matrix, curve, seed, beta))
         return results[beta]["kl"]
 
-    first = getattr(constants.METHODS[curve.method], curve.reward)
-    found = arrive(first, curve.targets, kl, matrix.fits)
+    starts = constants.starts(curve.method, curve.reward)
+    found = arrive({target: starts[target] for target in curve.targets}, kl, matrix.fits)
     for beta in curve.betas:
         kl(beta)
     return found, results
@@ -138,11 +138,20 @@ def run_curve(out: Path, matrix: Matrix, curve: Curve, seed: int, place: str) ->
 
 
 def make_all(out: Path, matrix: Matrix, jobs: int) -> None:
-    """Make what is missing, in `jobs` processes: every sft, every reward model, every curve."""
+    """Make what is missing, in `jobs` processes: every sft, every reward model, every curve, in
+    this order, which no worker needs to wait for long."""
     work = curves(matrix)
-    models = {piece.name: piece for piece in (rm(matrix, *pair) for pair in work)}
-    for pieces in ([sft(matrix, seed) for seed in matrix.every_seed()], list(models.values())):
-        todo = [(out, piece) for piece in pieces if load(out, piece) is None]
-        in_parallel(make, todo, jobs)
-    todo = [(out, matrix, *pair, f"{i + 1} of {len(work)}") for i, pair in enumerate(work)]
-    in_parallel(run_curve, todo, jobs)
+    models = {model.name: model for model in (rm(matrix, *pair) for pair in work)}
+    todo = [(None, make, out, sft(matrix, seed)) for seed in matrix.every_seed()]
+    todo += [(sft(matrix, m.spec["seed"]), make, out, m) for m in models.values()]
+    for i, pair in enumerate(work):
+        place = f"{i + 1} of {len(work)}"
+        todo.append((rm(matrix, *pair), run_curve, out, matrix, *pair, place))
+    in_parallel(after, todo, jobs)
+
+
+def after(needed: Piece | None, job: Callable, out: Path, *args) -> None:
+    """Do the job once that piece is made, by another worker."""
+    while needed and load(out, needed) is None:
+        time.sleep(0.2)
+    job(out, *args)

@@ -2,8 +2,9 @@
 The beta at which a method's judged KL(pi || sft) is where it shall be.
 
 log KL falls along log beta, not quite in a line and not quite steadily. So the search is a secant:
-between the two policies nearest to the target on either side, kept within them, or on through the
-two nearest where there is one side only. Policies that were fitted for another target count, too.
+between the two policies nearest to the target on either side, kept within them; where there is one
+side only, first a beta that was about right in other runs, then on through the two nearest.
+Policies that were fitted for another target count, too.
 """
 
 import math
@@ -28,20 +29,20 @@ def nearest(known: dict[float, float], target: float) -> float:
 
 
 def arrive(
-    first: float, targets: tuple, fit: Callable[[float], float], fits: int
+    starts: dict[float, float], fit: Callable[[float], float], fits: int
 ) -> dict[float, float | None]:
-    """{target: beta}, None where no policy is within TOLERANCE of it.
+    """{target: the beta to begin with} -> {target: beta}, None where no policy is within TOLERANCE.
 
-    fit(beta) trains a policy and gives its KL; it is asked at most `fits` times for a target.
-    `first` is the beta to begin with. The target nearest to 1 nat comes first, then outwards.
+    fit(beta) trains a policy and gives its KL; it is asked at most `fits` times for a target. The
+    target nearest to 1 nat comes first, then outwards.
     """
     known: dict[float, float] = {}
     found = {}
-    for target in sorted(targets, key=lambda kl: abs(math.log(kl))):
+    for target in sorted(starts, key=lambda kl: abs(math.log(kl))):
         for _ in range(fits):
             if known and off(known[nearest(known, target)], target) <= TOLERANCE:
                 break
-            beta = following(known, target) if known else within(first)
+            beta = following(known, target, within(starts[target]))
             if beta in known:
                 break
             known[beta] = fit(beta)
@@ -55,7 +56,7 @@ def within(beta: float) -> float:
     return float(f"{min(max(beta, BETAS[0]), BETAS[1]):.4g}")
 
 
-def following(known: dict[float, float], target: float) -> float:
+def following(known: dict[float, float], target: float, start: float) -> float:
     """The beta to try next; one that has been tried where there is no other."""
     x = {beta: math.log(beta) for beta in known}
     y = {beta: math.log(max(kl, 1e-6) / target) for beta, kl in known.items()}
@@ -64,6 +65,8 @@ def following(known: dict[float, float], target: float) -> float:
         a, b = max(below, key=y.get), min(above, key=y.get)  # the nearest on either side
         share = min(max(y[a] / (y[a] - y[b]), INSIDE), 1 - INSIDE)
         return within(math.exp(x[a] + share * (x[b] - x[a])))
+    if start not in known:
+        return start
     a, *others = sorted(known, key=lambda beta: abs(y[beta]))
     slope = SLOPE
     if others:
