@@ -7,12 +7,14 @@ What the host must know of the others (weights of means, a signal) goes through 
 waits for it. An error in one process ends all: torchrun stops the others when one is gone.
 """
 
+import _thread
 import argparse
 import contextlib
 import math
 import os
 import resource
 import sys
+import threading
 import time
 import traceback
 
@@ -177,6 +179,7 @@ def run_program(main) -> None:
     """Exit with main's status. One of many processes ends at once: gloo's threads outlive the group
     where a sharded module still refers to it, and one that drops a tensor while Python takes itself
     down aborts the process, with all its work done."""
+    sys.unraisablehook = press_again
     sys.stdout.reconfigure(errors="backslashreplace")  # half a surrogate pair, in an ASCII terminal
     if "RANK" not in os.environ:
         sys.exit(main())
@@ -188,6 +191,15 @@ def run_program(main) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def press_again(unraisable) -> None:
+    """Python drops a Ctrl-C that falls into a destructor or into an import's clean-up, with a
+    traceback: press it once more, a little later."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 # ------------------------------------------------------------------------------

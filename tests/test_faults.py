@@ -27,6 +27,7 @@ import sample
 import tests.rewards
 import train
 from experiments.toy.worlds import Config
+from infra import parallel
 from infra.checkpoint import load_checkpoint
 
 TINY = Config(vocab_size=12, n_embd=3, steps=4, draws=128, warmup=2)
@@ -43,7 +44,8 @@ def child(argv: list[str], log: str, limit: int) -> None:
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     toy.Config, toy.pyplot = lambda: TINY, lambda: None
-    sys.exit({"train": train, "sample": sample}[argv[0]].main(argv[1:]))
+    program = {"train": train, "sample": sample}[argv[0]]
+    parallel.run_program(lambda: program.main(argv[1:]))
 
 
 class Starter:
@@ -489,6 +491,19 @@ def test_an_interrupt_while_reading_or_scoring_is_one_line(world, starter):
             assert "Traceback" not in process.log.read_text()
             assert status == 0 or said in last
             shutil.rmtree(world.folder / "run", ignore_errors=True)
+
+
+def test_an_interrupt_that_python_drops_comes_again(monkeypatch):
+    """One that falls into a destructor is printed and forgotten by Python alone."""
+
+    class Fragile:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "unraisablehook", parallel.press_again)
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 the second falls into the sleep
+        Fragile()
+        time.sleep(10)
 
 
 # ------------------------------------------------------------------------------
