@@ -494,7 +494,12 @@ def test_other_seeds_change_no_sentence_about_who_wins():
     the one lead that other seeds do not show it clearly."""
     (question,) = AGAIN["settings"]["matrix"]["questions"]
     assert AGAIN["settings"]["matrix"]["first_seed"] == 5
-    assert AGAIN["settings"] | {"matrix": None} == TEXT["settings"] | {"matrix": None}
+    here, there = ({**data["settings"], "matrix": None} for data in (TEXT, AGAIN))
+    known = there.pop("methods")  # their betas to begin with were others
+    assert {name: how[:3] for name, how in known.items()} == {
+        name: how[:3] for name, how in here.pop("methods").items() if name in known
+    }
+    assert here == there
     assert hits(AGAIN, question) == set()
     for quantity, *who, target in FOUND[question]:
         ours, theirs = who[0], who[2]

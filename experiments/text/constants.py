@@ -33,9 +33,8 @@ class Method(NamedTuple):
     stage: str  # of train.py
     source: str  # what it learns from: pairs, sft's draws rated by the model, draws of its own
     rate: float  # learning rate
-    sentiment: tuple  # betas to begin with at each of KLS: the medians of an earlier run's seeds 5
-    # to 9; None where it is not asked for
-    conviction: tuple  # the same, of an earlier run's seeds 0 to 4
+    sentiment: tuple  # betas to begin with at KLS: medians of earlier runs; None: not asked for
+    conviction: tuple
 
 
 METHODS = {
@@ -62,6 +61,7 @@ MIDDLE = (1.0,)  # for K
 TARGETS = {"sentiment": KLS, "conviction": (0.5,)}  # of each reward
 TOLERANCE = 0.1  # of a target: where the search ends; nobody farther away is compared there
 BETAS = (1 / 64, 256.0)  # no beta beyond these
+PLAN = ("METHODS", "RM_RATE", "BORDER", "TARGETS", "TOLERANCE")  # in results.json, too
 
 
 def starts(method: str, reward: str) -> dict[float, float]:
@@ -69,8 +69,6 @@ def starts(method: str, reward: str) -> dict[float, float]:
     about = zip(TARGETS[reward], getattr(METHODS[method], reward), strict=True)
     return {target: beta for target, beta in about if beta}
 
-
-PLAN = ("METHODS", "RM_RATE", "BORDER", "TARGETS", "TOLERANCE")  # in results.json, too
 
 # --------------------------------------------------------------------------------------------------
 # Questions: what each needs to have run, and the comparisons that it will be answered by

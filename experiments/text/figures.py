@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.common import distinct, only, pyplot, save, tidy
-from experiments.text.constants import KLS, LABELS, METHODS, TARGETS
+from experiments.text.constants import KLS, LABELS, METHODS, TARGETS, starts
 
 COLORS = {"exo": "#d1495b", "dpo": "#2e6f9e", "ppo": "#3f8f5b"}
 MARKERS = {"pref": "^", "rw": "o", "online": "D", "ppo": "P"}
@@ -28,7 +28,7 @@ NAMES = {
 RATED = [method for method in METHODS if not method.endswith("pref")]
 PANELS = {  # of figures along KL: (title, quantity, methods) of each panel
     "methods": (
-        ("labelled pairs", "oracle", ("exo-pref", "dpo-pref")),
+        ("labelled pairs", "oracle", ("exo-pref", "dpo-pref", "exo-fast-pref")),
         ("sft's draws, rated", "oracle", ("exo-rw", "dpo-rw")),
         ("own draws, rated", "oracle", ("exo-online", "dpo-online")),
     ),
@@ -39,7 +39,12 @@ PANELS = {  # of figures along KL: (title, quantity, methods) of each panel
 
 def style(method: str) -> dict:
     first, last = method.split("-")[0], method.split("-")[-1]
-    return {"color": COLORS[first], "marker": MARKERS[last], "ms": 6, "lw": 1.6, "label": method}
+    look = {
+        "color": COLORS[first],
+        "marker": MARKERS[last],
+        "ls": "--" if "fast" in method else "-",
+    }
+    return {**look, "ms": 6, "lw": 1.6, "label": method}
 
 
 def columns(rows: list[dict], *names: str) -> tuple[list, ...]:
@@ -99,7 +104,8 @@ def modes(plt, done: dict, name: str):
     figure, axis = plt.subplots(figsize=(7.5, 4.4))
     where = {"reward": "conviction", "target": TARGETS["conviction"][0]}
     bars = {"π*": only(done["optimum"], **where)}
-    bars |= {method: only(done["cells"], method=method, **where) for method in METHODS}
+    asked = [method for method in METHODS if starts(method, where["reward"])]
+    bars |= {method: only(done["cells"], method=method, **where) for method in asked}
     for y, rows in enumerate(bars.values()):
         left = 0.0
         for kind, color in SHADES.items() if rows else ():

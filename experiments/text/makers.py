@@ -22,9 +22,6 @@ DRAWN = ("train", "judge", "pool")  # sft's, each in a file NAME.jsonl
 EACH = max(constants.KS)  # completions of a training prompt
 HELD_OUT = 500  # rows beside the training rows
 
-# --------------------------------------------------------------------------------------------------
-# sft, what it writes, and labels for it
-
 
 def make_sft(runs: Path, name: str, spec: dict) -> dict:
     """Every seed reads other reviews."""
@@ -83,10 +80,6 @@ def bradley_terry(rows: list[dict], rewards: np.ndarray, seed: int) -> list[dict
     return pairs
 
 
-# --------------------------------------------------------------------------------------------------
-# A reward model, and what policies are compared with
-
-
 def make_rm(runs: Path, name: str, spec: dict) -> dict:
     folder, sft = runs / name, runs / spec["sft"]
     pairs = stages.read_rows(sft / f"pairs-{spec['reward']}.jsonl")
@@ -128,10 +121,6 @@ def groups(rows: list[dict], rewards: np.ndarray, K: int) -> list[dict]:
         for texts in (row["completions"],)
         for i in range(0, len(texts), K)
     ]
-
-
-# --------------------------------------------------------------------------------------------------
-# Policies
 
 
 def make_fit(runs: Path, name: str, spec: dict) -> dict:

@@ -26,9 +26,6 @@ from model import GPT
 
 JUDGE_SEED = 22  # of the draws that are judged
 
-# --------------------------------------------------------------------------------------------------
-# Draws
-
 
 class Draws(NamedTuple):
     rows: list[dict]  # (P,) {"prompt", "completions", "ended"}: texts, and whether each ended
@@ -154,10 +151,6 @@ def optimum_at(reward: np.ndarray, kl: float, values: dict[str, np.ndarray]) -> 
         far = optimum(reward, beta, {})["kl"] > kl
         low, high = (beta, high) if far else (low, beta)
     return {"beta": beta, **optimum(reward, beta, values)}
-
-
-# --------------------------------------------------------------------------------------------------
-# Judging a policy
 
 
 def judge(runs: Path, spec: dict, gpt: GPT, texts: Path) -> dict[str, float]:

@@ -41,10 +41,6 @@ class Piece:
         return hashlib.sha256(json.dumps([self.make, self.spec]).encode()).hexdigest()[:16]
 
 
-# --------------------------------------------------------------------------------------------------
-# What there is to do
-
-
 def curves(matrix: Matrix) -> list[tuple[Curve, int]]:
     """Every (curve, seed), with all that some question wants of it; the longest first, so that no
     worker is left alone with one."""
@@ -78,10 +74,6 @@ def fit(matrix: Matrix, curve: Curve, seed: int, beta: float) -> Piece:
     spec = {**rm(matrix, curve, seed).spec, **how, "K": curve.K, "beta": beta}
     name = f"{curve.method}-{curve.reward}-s{seed}-n{curve.labels or 'all'}-K{curve.K}-b{beta:g}"
     return Piece(name, "fit", spec)
-
-
-# --------------------------------------------------------------------------------------------------
-# Doing it
 
 
 def load(out: Path, piece: Piece) -> dict | None:

@@ -64,10 +64,6 @@ def collect(out: Path, matrix: Matrix) -> dict[str, list[dict]]:
     return found
 
 
-# --------------------------------------------------------------------------------------------------
-# Comparisons
-
-
 def chance(t: float, df: int) -> float:
     """P(|T| >= |t|) of Student's t, by its density in the angle atan(t / sqrt(df))."""
     angle, n = math.atan(abs(t) / math.sqrt(df)), 2000
