@@ -471,12 +471,11 @@ def hits(data: dict, question: str) -> set[tuple]:
 
 
 FOUND = {
-    "methods": {("oracle", "exo-online", 8, "dpo-online", 8, 2.0)},
+    "methods": set(),
     "draws": {
         ("oracle", "exo-online", 8, "exo-rw", 8, 1.0),
         ("oracle", "exo-online", 8, "exo-rw", 8, 2.0),
         ("oracle", "dpo-online", 8, "dpo-rw", 8, 1.0),
-        ("oracle", "dpo-online", 8, "dpo-rw", 8, 2.0),
     },
     "wins": set(),
     "K": set(),
@@ -490,8 +489,7 @@ def test_who_wins_in_the_text_world_is_who_the_page_says(question):
 
 
 def test_other_seeds_change_no_sentence_about_who_wins():
-    """What is clear in one half is nowhere the other way about in the other, and the page says of
-    the one lead that other seeds do not show it clearly."""
+    """Nothing is clear in either half; the one lead that the page tells has one sign in both."""
     (question,) = AGAIN["settings"]["matrix"]["questions"]
     assert AGAIN["settings"]["matrix"]["first_seed"] == 5
     here, there = ({**data["settings"], "matrix": None} for data in (TEXT, AGAIN))
@@ -501,11 +499,10 @@ def test_other_seeds_change_no_sentence_about_who_wins():
     }
     assert here == there
     assert hits(AGAIN, question) == set()
-    for quantity, *who, target in FOUND[question]:
-        ours, theirs = who[0], who[2]
-        where = {"quantity": quantity, "ours": ours, "theirs": theirs, "target": target}
-        (row,) = only(AGAIN["compared"], **where)
-        assert row["mean"] > 0
+    assert hits(TEXT, question) == set()
+    for data in (TEXT, AGAIN):
+        where = {"question": question, "ours": "exo-online", "target": 2.0}
+        assert only(data["compared"], **where)[0]["mean"] > 0
 
 
 @pytest.mark.parametrize("file", ["text", "again"])
@@ -538,12 +535,17 @@ def test_where_offline_texts_break():
 
 def test_who_did_not_arrive():
     missed = TEXT["missed"]
-    assert {r["seed"] for r in missed if r["method"] in RATED} == {0}
-    assert {r["target"] for r in only(missed, K=8) if r["method"] in RATED} == {0.5, 1.0, 2.0}
+    rated = [(r["method"], r["seed"], r["target"]) for r in missed if r["method"] in RATED]
+    assert [row for row in rated if row[1]] == [("dpo-rw", 4, 2.0)]
+    assert {target for *_, target in rated} == {0.5, 1.0, 2.0}
     pref = [row for row in missed if row["method"] == "exo-pref"]
-    assert len(only(pref, target=0.25)) == 5
-    assert all(0.29 < row["nearest_kl"] < 0.34 for row in only(pref, target=0.25))
-    assert {row["seed"] for row in pref if row["target"] > 0.25} == {0}
+    assert len(only(pref, target=0.25)) == 4
+    assert all(0.28 < row["nearest_kl"] < 0.34 for row in only(pref, target=0.25))
+    assert {(r["seed"], r["target"]) for r in pref if r["target"] > 0.25} == {
+        (0, 0.5),
+        (0, 1.0),
+        (2, 2.0),
+    }
     broken = only(TEXT["fits"], reward="sentiment", labels=0, seed=0)
     for method in RATED:  # nobody between
         kls = [row["kl"] for row in only(broken, method=method, K=8)]
@@ -555,8 +557,16 @@ def test_who_did_not_arrive():
     assert {r["seed"] for r in far if (r["method"], r["reward"]) == ("ppo", "sentiment")} == {
         0,
         1,
-        4,
+        2,
     }
+    assert len([r for r in far if r["method"] == "exo-pref"]) == 1
+
+
+def test_the_rate_of_the_tuning_seed_is_too_high_here():
+    """The method with it: in every seed some beta ends beyond KL 4, and who arrives."""
+    fits, arrived = (only(TEXT[what], method="exo-fast-pref") for what in ("fits", "cells"))
+    assert {row["seed"] for row in fits if row["kl"] > 4} == set(range(5))
+    assert [row["target"] for row in arrived] == [2.0] * 3
 
 
 def test_most_of_what_own_draws_earn_more_is_whole_text():
@@ -583,7 +593,7 @@ def test_most_of_what_own_draws_earn_more_is_whole_text():
             )
             assert 0 < left < lead / 2
             if ours == "exo-online":
-                assert round(left, 1) == (0.3 if target == 1 else 0.7)
+                assert round(left, 1) == (0.3 if target == 1 else 0.6)
     kl, oracle = (
         [mean_se(cells(name, "exo-online", t))[0] for t in (0.5, 2.0)] for name in ("kl", "oracle")
     )
@@ -599,9 +609,9 @@ def test_what_the_tuning_seed_had():
     assert (round(held["kl"], 1), round(held["well_formed"], 2)) == (1.6, 0.96)
 
 
-def test_no_wins_differ_by_a_hundredth_but_with_pairs_at_half_a_nat():
+def test_no_wins_differ_by_a_hundredth_but_with_pairs_at_two_nats():
     far = [row for row in only(TEXT["compared"], question="wins") if abs(row["mean"]) >= 0.01]
-    assert {(row["ours"], row["target"]) for row in far} == {("exo-pref", 0.5)}
+    assert {(row["ours"], row["target"]) for row in far} == {("exo-pref", 2.0)}
 
 
 def test_who_turns_down_when_a_reward_model_is_leaned_on():

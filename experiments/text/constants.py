@@ -135,9 +135,6 @@ QUESTIONS = {  # name: (curves, the comparisons it will be answered by)
     "overoptimisation": (GRID, Family("sentiment")),  # nothing is tested
 }
 
-# --------------------------------------------------------------------------------------------------
-# How large
-
 
 @dataclass(frozen=True)
 class Matrix:

@@ -2,7 +2,7 @@
 The text world: every method of the paper by the stages a user runs, at equal KL(pi || sft).
 
     python -m experiments.text.main --quick     one seed and question, a short sft: minutes
-    python -m experiments.text.main             all of constants.FULL: 75 to 90 minutes
+    python -m experiments.text.main             all of constants.FULL: 80 minutes
     python -m experiments.text.main --first_seed 5 --questions methods --out out/text-again
 
     reviews.py -> sft -> 16 completions a prompt -> Bradley-Terry labels by the oracle -> reward
