@@ -7,12 +7,12 @@ What the host must know of the others (weights of means, a signal) goes through 
 waits for it. An error in one process ends all: torchrun stops the others when one is gone.
 """
 
-import _thread
 import argparse
 import contextlib
 import math
 import os
 import resource
+import signal
 import sys
 import threading
 import time
@@ -197,7 +197,8 @@ def press_again(unraisable) -> None:
     """Python drops a Ctrl-C that falls into a destructor or into an import's clean-up, with a
     traceback: press it once more, a little later."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        threading.Timer(0.01, _thread.interrupt_main).start()
+        main = threading.main_thread().ident  # a signal to it also ends what it waits for
+        threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(unraisable)
 

@@ -17,7 +17,7 @@ from experiments.common import distinct, only, pyplot, save, tidy
 from experiments.text.constants import KLS, LABELS, METHODS, TARGETS, starts
 
 COLORS = {"exo": "#d1495b", "dpo": "#2e6f9e", "ppo": "#3f8f5b"}
-MARKERS = {"pref": "^", "rw": "o", "online": "D", "ppo": "P"}
+MARKERS = {"pref": "^", "fast": "v", "rw": "o", "online": "D", "ppo": "P"}
 SHADES = {"praise": "#3f8f5b", "mixed": "#c9c9c9", "pan": "#d1495b", "broken": "#777777"}
 NAMES = {
     "oracle": "oracle reward, nats",
@@ -38,13 +38,8 @@ PANELS = {  # of figures along KL: (title, quantity, methods) of each panel
 
 
 def style(method: str) -> dict:
-    first, last = method.split("-")[0], method.split("-")[-1]
-    look = {
-        "color": COLORS[first],
-        "marker": MARKERS[last],
-        "ls": "--" if "fast" in method else "-",
-    }
-    return {**look, "ms": 6, "lw": 1.6, "label": method}
+    first, kind = (*method.split("-"), method)[:2]
+    return {"color": COLORS[first], "marker": MARKERS[kind], "ms": 6, "lw": 1.6, "label": method}
 
 
 def columns(rows: list[dict], *names: str) -> tuple[list, ...]:
