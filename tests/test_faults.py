@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ LONG = "--max_iters 24 --eval_interval 3 --batch_size 4 --kl_samples 2 --log_int
 def child(argv: list[str], log: str, limit: int) -> None:
     """One start of train.py or sample.py. limit: bytes that a file may have, as on a full disk."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     said = os.open(log, os.O_WRONLY)
     os.dup2(said, 1)
     os.dup2(said, 2)
@@ -80,10 +82,12 @@ class Starter:
 
 
 @pytest.fixture
-def starter(tmp_path, monkeypatch) -> Starter:
+def starter(tmp_path, monkeypatch) -> Iterator[Starter]:
     monkeypatch.chdir(ROOT)  # where the process that forks finds train.py
     (tmp_path / "logs").mkdir()
-    return Starter(tmp_path / "logs")
+    yield Starter(tmp_path / "logs")
+    for left in multiprocessing.active_children():  # of a test that failed: pytest would wait
+        left.kill()
 
 
 def wait_for(condition, process=None) -> None:
@@ -256,9 +260,15 @@ def test_a_second_process_is_refused_with_the_number_of_the_first(stage, again, 
     """And the lock does not outlive its process, which was killed."""
     out = world.folder / "run"
     argv = command(world, stage, out)
-    first = starter.start(argv)
-    wait_for(lambda: (stage == "toy" and (out / "run.lock").exists()) or n_lines(out), first)
-    os.kill(first.pid, signal.SIGSTOP)  # it lives, and does not end meanwhile
+    while True:  # a tiny toy may be done before it is stopped
+        first = starter.start(argv)
+        wait_for(lambda: (stage == "toy" and (out / "run.lock").exists()) or n_lines(out), first)
+        os.kill(first.pid, signal.SIGSTOP)  # it lives, and does not end meanwhile
+        if not (out / "results.json").exists():
+            break
+        first.kill()
+        first.join()
+        shutil.rmtree(out)
     status, said = starter.run([*argv, *again])
     assert status == 2
     assert f"the process {first.pid} writes to " in said
@@ -501,9 +511,13 @@ def test_an_interrupt_that_python_drops_comes_again(monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "unraisablehook", parallel.press_again)
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 the second falls into the sleep
-        Fragile()
-        time.sleep(10)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background
+    try:  # ignores it
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 the second falls into the sleep
+            Fragile()
+            time.sleep(10)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ------------------------------------------------------------------------------
